@@ -1,0 +1,1 @@
+"""Entry points: compose a config, build one typed spec, make one call."""

@@ -1,0 +1,1 @@
+"""The pipeline around the model: preprocess, train, tune, evaluate, report; Ray and DeepSpeed."""

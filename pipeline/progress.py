@@ -1,0 +1,176 @@
+"""Progress that a person can follow: a live bar in a terminal, a plain line now and then elsewhere.
+
+Work that happens in Ray workers sends its state through a `ProgressMailbox`, a small actor that
+the driver reads.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import rich.progress
+from rich.console import Console
+
+PLAIN_EVERY_S = 5.0
+
+
+class Progress:
+    """One task's progress: `with Progress("tokenise", total, "bytes") as p: p.update(done, …)`.
+
+    Args:
+        what: the verb that starts the line.
+        total: how much there is, or None when nobody knows.
+        unit: what is counted: "rows", "tokens", "steps", "documents".
+    """
+
+    def __init__(
+        self, what: str, total: float | None, unit: str, console: Console | None = None
+    ) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.console = console or Console()
+        self._done = self._first_done = 0.0
+        self._notes: dict[str, Any] = {}
+        self._started = time.monotonic()
+        self._last_line = self._started
+        self._bar: rich.progress.Progress | None = None
+        self._task: rich.progress.TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._started = self._last_line = time.monotonic()
+        if self.console.is_terminal:
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.BarColumn(),
+                rich.progress.TaskProgressColumn(),
+                rich.progress.TextColumn("{task.fields[line]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(self.what, total=self.total, line="")
+            self._bar.start()
+        return self
+
+    def update(self, done: float, **notes: Any) -> None:
+        """Set how much is done in all, and the figures that stand beside it."""
+        if self._done == 0.0 and self._first_done == 0.0 and not self._notes:
+            self._first_done = done if done > 1 and "resumed" in notes else 0.0
+        self._done = done
+        self._notes = {k: v for k, v in notes.items() if k != "resumed"}
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=self.total, line=self._line())
+        elif time.monotonic() - self._last_line >= PLAIN_EVERY_S:
+            self._print_line()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if kind is None:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        share = f" {100 * self._done / self.total:3.0f}%" if self.total else ""
+        self.console.print(
+            f"{self.what}{share}  {self._line()}", soft_wrap=True, highlight=False, markup=False
+        )
+        sys.stdout.flush()
+
+    def _line(self) -> str:
+        elapsed = max(time.monotonic() - self._started, 1e-9)
+        rate = (self._done - self._first_done) / elapsed
+        of = f"/{self.total:,.0f}" if self.total else ""
+        parts = [f"{self._done:,.0f}{of} {self.unit}", f"{rate:,.1f} {self.unit}/s"]
+        parts += [f"{name} {_figure(value)}" for name, value in self._notes.items()]
+        if self.total and rate > 0 and self._done < self.total:
+            parts.append(f"{duration((self.total - self._done) / rate)} left")
+        elif self.total and self._done >= self.total:
+            parts.append(f"took {duration(elapsed)}")
+        return "  ".join(parts)
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as a person says them: '42s', '3m 05s', '2h 10m'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+class _Mailbox:
+    """Holds the newest message of a worker."""
+
+    def __init__(self) -> None:
+        self._message: dict[str, Any] | None = None
+
+    def put(self, message: dict[str, Any]) -> None:
+        self._message = message
+
+    def get(self) -> dict[str, Any] | None:
+        return self._message
+
+
+class ProgressMailbox:
+    """A worker's side of the progress: `mailbox.send(done=…, loss=…)` costs no waiting."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    @classmethod
+    def create(cls) -> ProgressMailbox:
+        """Start the actor on the connected Ray; it takes no CPU."""
+        import ray
+
+        return cls(ray.remote(num_cpus=0)(_Mailbox).remote())
+
+    def send(self, done: float, **notes: Any) -> None:
+        """Replace the state that the driver shows."""
+        self._actor.put.remote({"done": done, **notes})
+
+    def read(self) -> Mapping[str, Any] | None:
+        """The newest state, or None before the first."""
+        import ray
+
+        return ray.get(self._actor.get.remote())
+
+
+@contextmanager
+def followed(mailbox: ProgressMailbox, progress: Progress, every_s: float = 0.5) -> Iterator[None]:
+    """Show in `progress` what workers send to `mailbox`, while the body runs."""
+    stop = threading.Event()
+
+    def follow() -> None:
+        while not stop.wait(every_s):
+            message = mailbox.read()
+            if message:
+                progress.update(**message)
+
+    thread = threading.Thread(target=follow, daemon=True, name="progress")
+    with progress:
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            message = mailbox.read()
+            if message:
+                progress.update(**message)

@@ -1,0 +1,164 @@
+"""The graph of stages: which stage computes what, what is done already, and in which order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any, Literal
+
+from pipeline.artifact import Artifact, fingerprint, now, versions
+from pipeline.errors import UserError, nearest
+from pipeline.specs import EvaluateSpec, PreprocessSpec, ReportSpec, Spec, TrainSpec, TuneSpec
+from pipeline.storage import Location
+
+StageName = Literal["preprocess", "train", "tune", "evaluate", "report"]
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """One kind of stage: its spec, its inputs, and the module that runs it.
+
+    The module holds `run_<stage>(spec, inputs, output) -> figures` and, when the spec names
+    content outside of any artifact (raw files, a pretrained backbone), `external_inputs(spec)
+    -> {name: fingerprint}`.
+    """
+
+    name: str
+    spec: type[Spec]
+    inputs: tuple[str, ...]
+    optional_inputs: tuple[str, ...] = ()
+
+    def _module(self) -> Any:
+        return import_module(f"pipeline.stages.{self.name}")
+
+    def run(self, spec: Spec, inputs: Mapping[str, Location], output: Location) -> dict[str, Any]:
+        """Do the work; return the figures for the record."""
+        run: Callable[..., dict[str, Any]] = getattr(self._module(), f"run_{self.name}")
+        return run(spec, dict(inputs), output)
+
+    def external_inputs(self, spec: Spec) -> dict[str, str]:
+        """Fingerprints of what the spec names outside of any artifact."""
+        if self.name not in ("preprocess", "train", "tune"):
+            return {}
+        found: dict[str, str] = self._module().external_inputs(spec)
+        return found
+
+
+KINDS: dict[str, StageKind] = {
+    kind.name: kind
+    for kind in (
+        StageKind("preprocess", PreprocessSpec, ()),
+        StageKind("train", TrainSpec, ("dataset",)),
+        StageKind("tune", TuneSpec, ("dataset",)),
+        StageKind("evaluate", EvaluateSpec, ("weights", "dataset")),
+        StageKind("report", ReportSpec, ("run",), ("figures",)),
+    )
+}
+
+
+def kind_of(name: str) -> StageKind:
+    """Look a stage up.
+
+    Raises:
+        UserError: if there is no such stage, with the nearest right name.
+    """
+    if name not in KINDS:
+        raise UserError(
+            f"'{name}' is not a stage{nearest(name, KINDS)}; the stages are: {', '.join(KINDS)}."
+        )
+    return KINDS[name]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage whose inputs are known: where its artifact lies, and whether it is there."""
+
+    kind: StageKind
+    spec: Spec
+    inputs: dict[str, Location]
+    input_fingerprints: dict[str, str]
+    fingerprint: str
+    output: Location
+    found: Artifact | None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the finished artifact is there."""
+        return self.found is not None and self.found.status == "done"
+
+
+def plan(name: str, spec: Spec, inputs: Mapping[str, Location], storage: Location) -> Planned:
+    """Name a stage's work by content, and see whether it is done.
+
+    Raises:
+        UserError: if an input is missing, is no finished artifact, or cannot be read.
+    """
+    kind = kind_of(name)
+    for needed in kind.inputs:
+        if needed not in inputs:
+            raise UserError(f"{name}: '{needed}' has no value, but it is needed; set {needed}=...")
+    input_fingerprints = {key: input_fingerprint(key, folder) for key, folder in inputs.items()}
+    input_fingerprints |= kind.external_inputs(spec)
+    identity = fingerprint(name, spec.identity(), input_fingerprints)
+    output = storage / name / identity[:16]
+    return Planned(
+        kind, spec, dict(inputs), input_fingerprints, identity, output, Artifact.find(output)
+    )
+
+
+def input_fingerprint(name: str, folder: Location) -> str:
+    """Fingerprint of an input folder: its artifact's, or for bare weights that of the files.
+
+    Raises:
+        UserError: if the folder is not there, or its stage has not finished.
+    """
+    if not folder.exists():
+        raise UserError(f"{name}={folder} is not there: expected an artifact's folder.")
+    artifact = Artifact.find(folder)
+    if artifact is None and name == "weights":
+        from pipeline.weights import fingerprint_weights
+
+        return fingerprint_weights(folder)
+    if artifact is None:
+        artifact = Artifact.load(folder)
+    if artifact.status != "done":
+        raise UserError(
+            f"{name}={folder} is the record of a {artifact.stage} stage that is "
+            f"{artifact.status}, not done: run that stage's command again first."
+        )
+    return artifact.fingerprint
+
+
+def run_stage(planned: Planned) -> Artifact:
+    """Return the stage's artifact: the one that is there, else run the stage.
+
+    An interrupted stage goes on in the same folder from what it finds there.
+    """
+    if planned.is_done and planned.found is not None:
+        return planned.found
+    started = time.monotonic()
+    record = Artifact(
+        folder=planned.output,
+        stage=planned.kind.name,
+        fingerprint=planned.fingerprint,
+        spec=planned.spec.model_dump(mode="json"),
+        inputs=planned.input_fingerprints,
+        input_folders={name: str(folder) for name, folder in planned.inputs.items()},
+        status="running",
+        started_at=now(),
+        versions=versions(),
+    ).save()
+    try:
+        figures = planned.kind.run(planned.spec, planned.inputs, planned.output)
+    except BaseException:
+        replace(record, status="failed", finished_at=now()).save()
+        raise
+    return replace(
+        record,
+        status="done",
+        finished_at=now(),
+        took_s=round(time.monotonic() - started, 3),
+        figures=figures,
+    ).save()

@@ -1,0 +1,107 @@
+"""What the train stage does: the model, its objective, the optimisation, DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.specs.base import NotIdentity, Spec
+from pipeline.specs.cluster import ClusterSpec
+
+
+class ModelSpec(Spec):
+    """The model: a size from scratch, or a pretrained backbone; and its latents."""
+
+    size: str | None = None
+    # A folder or hub id of a pretrained decoder; its content is an input with a fingerprint.
+    backbone: Annotated[str | None, NotIdentity] = None
+    context: int = Field(512, gt=2)  # longest document in tokens; from scratch only
+    dropout: float = Field(0.1, ge=0, lt=1)
+    latent_size: int = Field(32, gt=0)
+    latent_layers: tuple[int, int] | None = None  # first and last, both included; None: all
+    fusion: str = "low_rank"
+    fusion_rank: int = Field(4, gt=0)
+    fusion_residual: bool = True
+    pooling: Literal["mean", "attention", "first_token"] = "attention"
+
+    @model_validator(mode="after")
+    def _size_or_backbone(self) -> Self:
+        if (self.size is None) == (self.backbone is None):
+            raise ValueError(
+                "give either model.size (from scratch) or model.backbone (pretrained), "
+                f"not {'both' if self.size else 'neither'}"
+            )
+        return self
+
+
+class BetaSpec(Spec):
+    """Weight of the KL in the loss, as a pure function of the optimizer step."""
+
+    kind: Literal["constant", "linear", "cyclical"] = "linear"
+    value: float = Field(1.0, ge=0)  # where it ends
+    delay_steps: int = Field(0, ge=0)  # held at zero first: the autoencoder start
+    warmup_steps: int = Field(0, ge=0)  # linear: from zero to `value`
+    period_steps: int = Field(0, ge=0)  # cyclical: one cycle
+
+    @model_validator(mode="after")
+    def _cycle_has_a_length(self) -> Self:
+        if self.kind == "cyclical" and self.period_steps == 0:
+            raise ValueError("beta.kind=cyclical needs beta.period_steps above 0")
+        return self
+
+
+class OptimizationSpec(Spec):
+    """The optimisation of one run. Steps are optimizer steps; tokens include padding."""
+
+    seed: int = 0
+    max_steps: int | None = Field(None, gt=0)
+    max_epochs: int | None = Field(None, gt=0)
+    # Token budget of one optimizer step over all workers, and of one forward on one worker.
+    batch_tokens: int = Field(8192, gt=0)
+    micro_batch_tokens: int = Field(8192, gt=0)
+    # Tokens within which documents are shuffled and bucketed by length: bounds memory.
+    shuffle_window_tokens: int = Field(16_000_000, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(100, ge=0)
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    weight_decay: float = Field(0.01, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.98, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    beta: BetaSpec = BetaSpec()
+    free_bits: float = Field(0.0, ge=0)  # nats per layer and document
+    checkpoint_every: int = Field(500, gt=0)
+    eval_every: int = Field(500, gt=0)
+    eval_documents: int = Field(2000, gt=0)  # of the validation split, the same ones every time
+    log_every: Annotated[int, NotIdentity] = Field(10, gt=0)
+    keep_checkpoints: Annotated[int, NotIdentity] = Field(2, gt=0)
+    num_workers: int = Field(1, gt=0)
+    cpus_per_worker: Annotated[int, NotIdentity] = Field(1, gt=0)
+    use_gpu: Annotated[bool | Literal["auto"], NotIdentity] = "auto"
+    max_failures: Annotated[int, NotIdentity] = Field(3, ge=-1)
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if self.max_steps is None and self.max_epochs is None:
+            raise ValueError("give train.max_steps or train.max_epochs: without one it never ends")
+        return self
+
+
+class DeepSpeedSpec(Spec):
+    """How DeepSpeed shards training state, and what else its own config is to hold."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    # Merged over the config that the pipeline builds; keys are DeepSpeed's own.
+    extra: dict[str, Any] = Field(default_factory=dict)
+
+
+class TrainSpec(Spec):
+    """One run of the train stage. Its input is a dataset artifact."""
+
+    model: ModelSpec
+    train: OptimizationSpec
+    deepspeed: DeepSpeedSpec = DeepSpeedSpec()
+    cluster: Annotated[ClusterSpec, NotIdentity] = ClusterSpec()

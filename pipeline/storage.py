@@ -1,0 +1,166 @@
+"""Where artifacts live: a local path or any URI that `pyarrow.fs` knows."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder of some file system.
+
+    `Location.parse("s3://bucket/runs") / "train"` joins; it pickles, so it travels to workers.
+    """
+
+    filesystem: fs.FileSystem
+    path: str
+    scheme: str  # "" for local paths, else "s3", "gs", …
+
+    @classmethod
+    def parse(cls, uri: str | os.PathLike[str]) -> Location:
+        """Read a path or a URI.
+
+        Raises:
+            UserError: if the URI is not one that pyarrow understands.
+        """
+        text = os.fspath(uri)
+        if "://" not in text:
+            return cls(fs.LocalFileSystem(), str(Path(text).expanduser().absolute()), "")
+        try:
+            filesystem, path = fs.FileSystem.from_uri(text)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+            raise UserError(
+                f"'{text}' is not a location that can be opened: expected a path or a URI such as "
+                f"s3://bucket/folder ({error})."
+            ) from None
+        scheme = text.split("://", 1)[0]
+        return cls(filesystem, path, "" if scheme == "file" else scheme)
+
+    def __truediv__(self, name: str) -> Location:
+        return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}", self.scheme)
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.path}" if self.scheme else self.path
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> Location:
+        """The folder that holds this."""
+        return Location(self.filesystem, self.path.rstrip("/").rsplit("/", 1)[0], self.scheme)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this lies on a file system of this machine (or mounted on it)."""
+        return not self.scheme
+
+    def info(self) -> fs.FileInfo:
+        """Type, size in bytes and modification time."""
+        return self.filesystem.get_file_info(self.path)
+
+    def exists(self) -> bool:
+        """Whether a file or folder is there."""
+        return self.info().type != fs.FileType.NotFound
+
+    def is_file(self) -> bool:
+        """Whether a file is there."""
+        return self.info().type == fs.FileType.File
+
+    def children(self, recursive: bool = False) -> list[Location]:
+        """Files and folders below this folder, by name; empty when it is not there."""
+        selector = fs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
+        found = sorted(info.path for info in self.filesystem.get_file_info(selector))
+        return [Location(self.filesystem, path, self.scheme) for path in found]
+
+    def make_folder(self) -> Location:
+        """Create this folder and those above it; return it."""
+        self.filesystem.create_dir(self.path, recursive=True)
+        return self
+
+    def delete(self) -> None:
+        """Delete this file or folder, if it is there."""
+        kind = self.info().type
+        if kind == fs.FileType.Directory:
+            self.filesystem.delete_dir(self.path)
+        elif kind == fs.FileType.File:
+            self.filesystem.delete_file(self.path)
+
+    def read_bytes(self) -> bytes:
+        """Read the whole file."""
+        with self.filesystem.open_input_stream(self.path, compression=None) as stream:
+            return stream.read()
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write the whole file; a reader sees the old content or the new, never half of it."""
+        self.filesystem.create_dir(self.parent.path, recursive=True)
+        if not self.is_local:  # an object appears when its upload is complete
+            with self.filesystem.open_output_stream(self.path, compression=None) as stream:
+                stream.write(data)
+            return
+        temporary = Path(f"{self.path}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def read_json(self) -> Any:
+        """Read a JSON file.
+
+        Raises:
+            UserError: if the content is not JSON.
+        """
+        try:
+            return json.loads(self.read_bytes())
+        except ValueError as error:
+            raise UserError(
+                f"{self} should hold JSON but does not ({error}): it was damaged or edited; "
+                "restore it, or delete its folder and run the stage again."
+            ) from None
+
+    def write_json(self, value: Any) -> None:
+        """Write a value as indented JSON, atomically."""
+        self.write_bytes(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+
+    def move_to(self, target: Location) -> None:
+        """Move a file or folder to `target` on the same file system."""
+        self.filesystem.create_dir(target.parent.path, recursive=True)
+        self.filesystem.move(self.path, target.path)
+
+    def upload(self, folder: Path) -> None:
+        """Copy a local folder's content into this one."""
+        self.make_folder()
+        fs.copy_files(
+            str(folder), self.path, fs.LocalFileSystem(), self.filesystem, use_threads=True
+        )
+
+    def download(self, folder: Path) -> Path:
+        """Copy this folder's content into a local one; return that."""
+        folder.mkdir(parents=True, exist_ok=True)
+        fs.copy_files(
+            self.path, str(folder), self.filesystem, fs.LocalFileSystem(), use_threads=True
+        )
+        return folder
+
+
+def local_copy(location: Location, cache: Path) -> Path:
+    """Return a local path with `location`'s content: itself when local, else a copy in `cache`."""
+    if location.is_local:
+        return Path(location.path)
+    return location.download(cache / location.name)
