@@ -53,7 +53,7 @@ KINDS: dict[str, StageKind] = {
         StageKind("train", TrainSpec, ("dataset",)),
         StageKind("tune", TuneSpec, ("dataset",)),
         StageKind("evaluate", EvaluateSpec, ("weights", "dataset")),
-        StageKind("report", ReportSpec, ("run",), ("figures",)),
+        StageKind("report", ReportSpec, ("training",), ("figures",)),
     )
 }
 
@@ -69,6 +69,37 @@ def kind_of(name: str) -> StageKind:
             f"'{name}' is not a stage{nearest(name, KINDS)}; the stages are: {', '.join(KINDS)}."
         )
     return KINDS[name]
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a stage reads: a folder, and the name by content of what lies or will lie there."""
+
+    folder: Location
+    fingerprint: str
+
+    @classmethod
+    def of_folder(cls, name: str, folder: Location) -> Input:
+        """Read the fingerprint of a folder: its artifact's, or that of bare weights' files.
+
+        Raises:
+            UserError: if the folder is not there, or its stage has not finished.
+        """
+        if not folder.exists():
+            raise UserError(f"{name}={folder} is not there: expected an artifact's folder.")
+        artifact = Artifact.find(folder)
+        if artifact is None and name == "weights":
+            from pipeline.weights import fingerprint_weights
+
+            return cls(folder, fingerprint_weights(folder))
+        if artifact is None:
+            artifact = Artifact.load(folder)
+        if artifact.status != "done":
+            raise UserError(
+                f"{name}={folder} is the record of a {artifact.stage} stage that is "
+                f"{artifact.status}, not done: run that stage's command again first."
+            )
+        return cls(folder, artifact.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -88,47 +119,34 @@ class Planned:
         """Whether the finished artifact is there."""
         return self.found is not None and self.found.status == "done"
 
+    def as_input(self) -> Input:
+        """This stage's output as another's input, whether it is there already or not."""
+        return Input(self.output, self.fingerprint)
 
-def plan(name: str, spec: Spec, inputs: Mapping[str, Location], storage: Location) -> Planned:
-    """Name a stage's work by content, and see whether it is done.
+
+def plan(name: str, spec: Spec, inputs: Mapping[str, Input], storage: Location) -> Planned:
+    """Name a stage's work by content, and see whether it is done; nothing is run.
 
     Raises:
-        UserError: if an input is missing, is no finished artifact, or cannot be read.
+        UserError: if an input is missing or unknown, or an external one cannot be read.
     """
     kind = kind_of(name)
+    known = kind.inputs + kind.optional_inputs
+    for given in inputs:
+        if given not in known:
+            raise UserError(
+                f"{name}: unknown input '{given}'{nearest(given, known)}; its inputs are: "
+                f"{', '.join(known) or 'none'}."
+            )
     for needed in kind.inputs:
         if needed not in inputs:
             raise UserError(f"{name}: '{needed}' has no value, but it is needed; set {needed}=...")
-    input_fingerprints = {key: input_fingerprint(key, folder) for key, folder in inputs.items()}
-    input_fingerprints |= kind.external_inputs(spec)
-    identity = fingerprint(name, spec.identity(), input_fingerprints)
+    fingerprints = {key: given.fingerprint for key, given in inputs.items()}
+    fingerprints |= kind.external_inputs(spec)
+    identity = fingerprint(name, spec.identity(), fingerprints)
     output = storage / name / identity[:16]
-    return Planned(
-        kind, spec, dict(inputs), input_fingerprints, identity, output, Artifact.find(output)
-    )
-
-
-def input_fingerprint(name: str, folder: Location) -> str:
-    """Fingerprint of an input folder: its artifact's, or for bare weights that of the files.
-
-    Raises:
-        UserError: if the folder is not there, or its stage has not finished.
-    """
-    if not folder.exists():
-        raise UserError(f"{name}={folder} is not there: expected an artifact's folder.")
-    artifact = Artifact.find(folder)
-    if artifact is None and name == "weights":
-        from pipeline.weights import fingerprint_weights
-
-        return fingerprint_weights(folder)
-    if artifact is None:
-        artifact = Artifact.load(folder)
-    if artifact.status != "done":
-        raise UserError(
-            f"{name}={folder} is the record of a {artifact.stage} stage that is "
-            f"{artifact.status}, not done: run that stage's command again first."
-        )
-    return artifact.fingerprint
+    folders = {key: given.folder for key, given in inputs.items()}
+    return Planned(kind, spec, folders, fingerprints, identity, output, Artifact.find(output))
 
 
 def run_stage(planned: Planned) -> Artifact:

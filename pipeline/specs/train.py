@@ -54,7 +54,7 @@ class BetaSpec(Spec):
 class OptimizationSpec(Spec):
     """The optimisation of one run. Steps are optimizer steps; tokens include padding."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     max_steps: int | None = Field(None, gt=0)
     max_epochs: int | None = Field(None, gt=0)
     # Token budget of one optimizer step over all workers, and of one forward on one worker.

@@ -1,0 +1,53 @@
+# `make demo` and `make test` set everything up in .venv and then do their job.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# One thread a process by default: Ray runs one process a core.
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint fast bench constraints clean
+
+help:  ## List what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.ready  ## Make .venv with the pinned dependencies
+
+# The project itself is not installed: its code is used where it lies, as on a cluster.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, got $$($(PYTHON) -V): set PYTHON=python3.x" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+	  print(*p["project"]["dependencies"], *p["dependency-groups"]["dev"], sep="\n")' \
+	  > $(VENV)/requirements.txt
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --requirement $(VENV)/requirements.txt
+	@touch $@
+
+demo: setup  ## Train and evaluate a small DELLA on Python's own documentation (about 5 minutes)
+	$(RUN) jobs/run.py job=demo
+
+test: lint  ## Lint, types and the whole test suite
+	$(RUN) -m pytest
+
+check: lint fast  ## Lint, types, import contracts and the fast tests (under two minutes)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+fast: setup
+	$(RUN) -m pytest -m "not slow"
+
+bench: setup  ## Run the benchmarks and print their tables (about 30 minutes)
+	$(RUN) -m benchmarks.preprocess
+	$(RUN) -m benchmarks.step_time
+	$(RUN) -m benchmarks.training_overhead
+
+constraints: setup  ## Write constraints.txt from what .venv holds
+	$(VENV)/bin/pip freeze | sed 's/+cpu$$//' > constraints.txt
+
+clean:  ## Remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

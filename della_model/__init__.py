@@ -1,0 +1,39 @@
+"""DELLA, a variational Transformer for text with a latent in every layer.
+
+Hu, Yi, Li, Sun, Xie: "Fuse It More Deeply! A Variational Transformer with Layer-Wise Latent
+Variable Inference for Text Generation", NAACL 2022, arXiv 2207.06130. `docs/model.md` maps its
+equations to the functions here.
+"""
+
+from della_model.config import DellaConfig
+from della_model.errors import ConfigError, InputError
+from della_model.estimators import iw_log_weights, iw_nll
+from della_model.fusion import FUSIONS, LowRankTensorFusion
+from della_model.gaussian import DiagonalGaussian
+from della_model.latents import LatentChain, LatentSample
+from della_model.model import Della
+from della_model.objective import Objective
+from della_model.outputs import DellaOutput, ElboTerms
+from della_model.schedules import BetaSchedule, LearningRateSchedule
+from della_model.sizes import SIZES, gpt2_config
+
+__all__ = [
+    "FUSIONS",
+    "SIZES",
+    "BetaSchedule",
+    "ConfigError",
+    "Della",
+    "DellaConfig",
+    "DellaOutput",
+    "DiagonalGaussian",
+    "ElboTerms",
+    "InputError",
+    "LatentChain",
+    "LatentSample",
+    "LearningRateSchedule",
+    "LowRankTensorFusion",
+    "Objective",
+    "gpt2_config",
+    "iw_log_weights",
+    "iw_nll",
+]

@@ -1,0 +1,158 @@
+"""The configuration of a Della: its backbone's, and how latents enter it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, GPT2Config, PreTrainedConfig
+
+from della_model.backbones import BACKBONES
+from della_model.errors import ConfigError, unknown_name
+from della_model.fusion import FUSIONS
+from della_model.pooling import POOLINGS
+
+
+class DellaConfig(PreTrainedConfig):
+    """What `Della` is built from; saved beside the weights in one `config.json`.
+
+    Args:
+        backbone: configuration of the decoder (also of the encoder, which shares its weights), as
+            an object or a dictionary with `model_type`. Default: GPT-2's published base size.
+        latent_size: p, the size of each layer's latent.
+        latent_layers: first and last decoder layer with a latent, counted from 0, both included;
+            None for all.
+        fusion: how a latent enters the values of its layer, a name in `fusion.FUSIONS`.
+        fusion_rank: R of the low-rank fusion.
+        fusion_residual: True adds the fusion to the values, starting as the identity; False
+            replaces them, as in the paper.
+        pooling: how an encoder layer's hidden states become one vector, a name in
+            `pooling.POOLINGS`.
+
+    Raises ConfigError where a field cannot be used.
+    """
+
+    model_type = "della"
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    backbone: Any = None
+    latent_size: Any = 32
+    latent_layers: Any = None
+    fusion: Any = "low_rank"
+    fusion_rank: Any = 4
+    fusion_residual: Any = True
+    pooling: Any = "attention"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.backbone = _backbone_config(self.backbone)
+        if isinstance(self.latent_layers, Sequence) and not isinstance(self.latent_layers, str):
+            self.latent_layers = list(self.latent_layers)  # what a saved file gives back
+        self.check()
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', but refuses the configuration of another kind of model."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ConfigError(
+                f"config.json: expected model_type 'della', got {model_type!r}: this is a plain "
+                "backbone, without latents; build on it with Della.from_backbone(...)."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def num_latent_layers(self) -> int:
+        """L, the number of latents of a document."""
+        return len(self.latent_layer_indices)
+
+    @property
+    def latent_layer_indices(self) -> range:
+        """The decoder layers that have a latent, counted from 0."""
+        first, last = self.latent_layers or (0, self.backbone.num_hidden_layers - 1)
+        return range(first, last + 1)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:  # noqa: ARG002
+        """The backbone's: generation sizes its cache and finds its token ids there."""
+        return self.backbone
+
+    def check(self) -> None:
+        """Raises ConfigError at the first field that cannot be used."""
+        _check_whole("latent_size", self.latent_size, "a latent needs a dimension; 32 is usual")
+        _check_whole("fusion_rank", self.fusion_rank, "a fusion of no rank fuses nothing; 4 is usual")
+        if self.fusion not in FUSIONS:
+            raise ConfigError(unknown_name("fusion", self.fusion, FUSIONS))
+        if self.pooling not in POOLINGS:
+            raise ConfigError(unknown_name("pooling", self.pooling, POOLINGS))
+        if not isinstance(self.fusion_residual, bool):
+            raise ConfigError(
+                f"fusion_residual: expected true or false, got {self.fusion_residual!r}."
+            )
+        self._check_latent_layers()
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            self._check_token(name, getattr(self.backbone, name, None))
+
+    def _check_latent_layers(self) -> None:
+        layers, count = self.latent_layers, self.backbone.num_hidden_layers
+        if layers is None:
+            return
+        expected = (
+            f"latent_layers: expected [first, last] with 0 ≤ first ≤ last ≤ {count - 1}, both "
+            f"included, or null for all, got {layers!r}: "
+        )
+        remedy = f"; this backbone has layers 0 to {count - 1}."
+        if not isinstance(layers, list) or len(layers) != 2 or not all(map(_is_whole, layers)):
+            raise ConfigError(expected + "a range of layers is two whole numbers" + remedy)
+        first, last = layers
+        if not 0 <= first <= last < count:
+            raise ConfigError(expected + "the range is empty or leaves the backbone" + remedy)
+
+    def _check_token(self, name: str, token: Any) -> None:
+        ids = token if isinstance(token, list) else [token]
+        for one in ids:
+            if one is not None and not 0 <= one < self.backbone.vocab_size:
+                raise ConfigError(
+                    f"backbone.{name}: expected an id below the vocabulary's size "
+                    f"{self.backbone.vocab_size}, got {one}: it would have no embedding; give the "
+                    "tokenizer's own id."
+                )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_whole(name: str, value: Any, why: str) -> None:
+    if not _is_whole(value) or value < 1:
+        raise ConfigError(f"{name}: expected a whole number ≥ 1, got {value!r}: {why}.")
+
+
+def _backbone_config(given: Any) -> PreTrainedConfig:
+    """The backbone's configuration as an object, and a supported one."""
+    if given is None:
+        return GPT2Config()
+    if isinstance(given, dict):
+        fields = copy.deepcopy(given)
+        model_type = fields.pop("model_type", None)
+        check_supported(model_type)
+        return AutoConfig.for_model(model_type, **fields)
+    check_supported(getattr(given, "model_type", given))
+    return given
+
+
+def check_supported(model_type: Any) -> None:
+    """Raises ConfigError where there is no adapter for a family of backbones."""
+    if model_type not in BACKBONES:
+        raise ConfigError(
+            unknown_name(
+                "backbone.model_type",
+                model_type,
+                BACKBONES,
+                "Each family needs an adapter in della_model.backbones, which places the fusion.",
+            )
+        )
+
+
+AutoConfig.register(DellaConfig.model_type, DellaConfig, exist_ok=True)

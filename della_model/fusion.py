@@ -1,0 +1,73 @@
+"""How a layer's latent enters the attention values of that layer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from della_model.shapes import Float
+
+
+class Fusion(Protocol):
+    """What every fusion offers; `FUSIONS` builds them from these four numbers."""
+
+    def __init__(self, value_size: int, latent_size: int, rank: int, residual: bool) -> None: ...
+
+    def reset_parameters(self) -> None: ...
+
+    def __call__(
+        self,
+        values: Float[Tensor, "batch time value"],
+        latent: Float[Tensor, "batch latent"],
+    ) -> Float[Tensor, "batch time value"]: ...
+
+
+class LowRankTensorFusion(nn.Module):
+    """ṽ = v + Σ_r (W_v^r [v; 1]) ∘ (W_z^r [z; 1]): the product first, then the sum over ranks.
+
+    A tensor of order three over [v; 1] and [z; 1], of rank R (Liu et al. 2018, after which Hu et
+    al. 2022 name theirs). `residual` keeps v: with the latent factors W_z at zero the fusion starts
+    as the identity, so a pretrained decoder starts as itself. Only one factor of the product is
+    zero, so the gradient reaches W_z at once and all else from the second step on. Without
+    `residual` the values are replaced, as in the paper, and start as a random map of like variance.
+    """
+
+    def __init__(self, value_size: int, latent_size: int, rank: int, residual: bool = True) -> None:
+        super().__init__()
+        self.rank = rank
+        self.residual = residual
+        # All ranks in one matrix each: rank r owns the columns r·d … (r+1)·d of the output.
+        self.value_factor = nn.Linear(value_size, rank * value_size)
+        self.latent_factor = nn.Linear(latent_size, rank * value_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Identity with `residual`; otherwise Var ṽ ≈ Var v for values and latents of unit variance."""
+        value_size, latent_size = self.value_factor.in_features, self.latent_factor.in_features
+        init.normal_(self.value_factor.weight, std=value_size**-0.5)
+        init.zeros_(self.value_factor.bias)
+        if self.residual:
+            init.zeros_(self.latent_factor.weight)
+            init.zeros_(self.latent_factor.bias)
+        else:
+            std = (self.rank * (latent_size + 1)) ** -0.5
+            init.normal_(self.latent_factor.weight, std=std)
+            init.normal_(self.latent_factor.bias, std=std)
+
+    def forward(
+        self,
+        values: Float[Tensor, "batch time value"],
+        latent: Float[Tensor, "batch latent"],
+    ) -> Float[Tensor, "batch time value"]:
+        """The fused values ṽ, in the dtype of `values`."""
+        latent = latent.to(values.dtype)
+        ranks = (self.rank, values.shape[-1])
+        from_values = self.value_factor(values).unflatten(-1, ranks)  # [B, T, R, d]
+        from_latent = self.latent_factor(latent).unflatten(-1, ranks).unsqueeze(1)  # [B, 1, R, d]
+        fused = (from_values * from_latent).sum(dim=-2)
+        return values + fused if self.residual else fused
+
+
+FUSIONS: dict[str, type[Fusion]] = {"low_rank": LowRankTensorFusion}

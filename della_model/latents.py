@@ -1,0 +1,193 @@
+"""The chain of latents: priors p(z_l | z_<l) and posteriors q(z_l | z_<l, x), layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from della_model.gaussian import DiagonalGaussian
+from della_model.shapes import Float
+
+# Standard deviation of a posterior's loc when training starts, in units of the prior's scale:
+# a KL of about 0.02 nats a dimension, enough signal to learn from and little to pay for.
+_INITIAL_LOC_STD = 0.2
+
+
+@dataclass(frozen=True)
+class LatentSample:
+    """One draw from the posterior, with the distributions that it was drawn from.
+
+    `posteriors[l]` and `priors[l]` both condition on this draw's own `latents[..., :l, :]`.
+    """
+
+    latents: Float[Tensor, "*batch layers latent"]
+    posteriors: list[DiagonalGaussian]
+    priors: list[DiagonalGaussian]
+
+    @property
+    def kl_per_layer(self) -> Float[Tensor, "*batch layers"]:
+        """KL(q(z_l | z_<l, x) ‖ p(z_l | z_<l)) in nats, in closed form given the draw's z_<l."""
+        pairs = zip(self.posteriors, self.priors, strict=True)
+        return torch.stack([q.kl_divergence(p) for q, p in pairs], dim=-1)
+
+    @property
+    def log_posterior(self) -> Float[Tensor, "*batch layers"]:
+        """log q(z_l | z_<l, x) of the draw, in nats."""
+        return _log_prob_per_layer(self.posteriors, self.latents)
+
+    @property
+    def log_prior(self) -> Float[Tensor, "*batch layers"]:
+        """log p(z_l | z_<l) of the draw, in nats."""
+        return _log_prob_per_layer(self.priors, self.latents)
+
+
+def _log_prob_per_layer(
+    gaussians: list[DiagonalGaussian], latents: Float[Tensor, "*batch layers latent"]
+) -> Float[Tensor, "*out layers"]:
+    values = latents.unbind(-2)
+    return torch.stack([g.log_prob(z) for g, z in zip(gaussians, values, strict=True)], dim=-1)
+
+
+class LatentChain(nn.Module):
+    """h_l = tanh(W_hh h_{l-1} + W_ih z_{l-1}), h_1 = 0; p from h_l, q from [h_l; x_l].
+
+    - p(z_1) = N(0, I), fixed: a learnt first prior would only shift what the chain can shift.
+    - p(z_l | z_<l) = N(μ, diag σ²), `[μ; log σ] = W_p h_l + b_p`; starts as N(0, I).
+    - q(z_l | z_<l, x) = N(μ, diag σ²), `[μ; log σ] = W_qx x_l + W_qh h_l + b_q`, which is one
+      linear map of [h_l; x_l]; written in two so that every (z, x) pair of an evaluation set costs
+      a sum and not a product. Starts at scale 1 with a small loc.
+
+    Layers count from 0 in code. All leading dimensions broadcast: features [B, L, H] with noise
+    [K, B, L, p] give K draws a document.
+    """
+
+    def __init__(self, num_layers: int, latent_size: int, feature_size: int) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+        self.latent_size = latent_size
+        later = range(1, num_layers)
+
+        def linears(layers: range, inputs: int, outputs: int, bias: bool) -> nn.ModuleList:
+            return nn.ModuleList(nn.Linear(inputs, outputs, bias=bias) for _ in layers)
+
+        # Layer 0 has no predecessor and layer 1's is h_0 = 0: matrices there would never learn.
+        self.latent_to_summary = linears(later, latent_size, latent_size, bias=False)
+        self.summary_to_summary = linears(later[1:], latent_size, latent_size, bias=False)
+        self.prior_heads = linears(later, latent_size, 2 * latent_size, bias=True)
+        self.posterior_from_summary = linears(later, latent_size, 2 * latent_size, bias=False)
+        self.posterior_from_features = linears(
+            range(num_layers), feature_size, 2 * latent_size, bias=True
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Posterior near the prior but alive; priors at N(0, I); an orderly chain."""
+        for head in self.prior_heads:
+            _zero(head)
+        for head in self.posterior_from_summary:
+            init.zeros_(head.weight)
+        for head in self.posterior_from_features:
+            # Rows of μ, then rows of log σ, which start at zero. One copy of the whole matrix,
+            # because the initialisers leave loaded parameters alone and know them only as a whole.
+            weight = torch.zeros_like(head.weight)
+            weight[: self.latent_size].normal_(std=_INITIAL_LOC_STD * head.in_features**-0.5)
+            init.copy_(head.weight, weight)
+            init.zeros_(head.bias)
+        for transition in (*self.latent_to_summary, *self.summary_to_summary):
+            init.normal_(transition.weight, std=transition.in_features**-0.5)
+
+    def infer(
+        self,
+        features: Float[Tensor, "*documents layers hidden"],
+        noise: Float[Tensor, "*draws layers latent"],
+    ) -> LatentSample:
+        """z_l ~ q(z_l | z_<l, x) by reparametrisation, layer after layer."""
+        posteriors: list[DiagonalGaussian] = []
+
+        def draw(layer: int, summary: Tensor | None) -> Tensor:
+            posterior = self._posterior(layer, features[..., layer, :], summary)
+            posteriors.append(posterior)
+            return posterior.rsample(noise[..., layer, :])
+
+        latents, priors = self._run(draw, noise)
+        return LatentSample(latents, posteriors, priors)
+
+    def sample_prior(
+        self, noise: Float[Tensor, "*batch layers latent"]
+    ) -> Float[Tensor, "*batch layers latent"]:
+        """z_l ~ p(z_l | z_<l), layer after layer."""
+
+        def draw(layer: int, summary: Tensor | None) -> Tensor:
+            return self._prior(layer, summary, noise).rsample(noise[..., layer, :])
+
+        return self._run(draw, noise)[0]
+
+    def log_prior(
+        self, latents: Float[Tensor, "*batch layers latent"]
+    ) -> Float[Tensor, "*batch layers"]:
+        """log p(z_l | z_<l) in nats, for any latents."""
+        priors = self._run(lambda layer, _: latents[..., layer, :], latents)[1]
+        return _log_prob_per_layer(priors, latents)
+
+    def log_posterior(
+        self,
+        features: Float[Tensor, "*documents layers hidden"],
+        latents: Float[Tensor, "*draws layers latent"],
+    ) -> Float[Tensor, "*pairs layers"]:
+        """log q(z_l | z_<l, x) in nats, for any latents and documents.
+
+        Leading dimensions broadcast: features [N, 1, L, H] and latents [1, M, L, p] give [N, M, L].
+        """
+        posteriors: list[DiagonalGaussian] = []
+
+        def given(layer: int, summary: Tensor | None) -> Tensor:
+            posteriors.append(self._posterior(layer, features[..., layer, :], summary))
+            return latents[..., layer, :]
+
+        self._run(given, latents)
+        return _log_prob_per_layer(posteriors, latents)
+
+    def _run(
+        self, next_latent: Callable[[int, Tensor | None], Tensor], like: Tensor
+    ) -> tuple[Tensor, list[DiagonalGaussian]]:
+        """Walks the chain: `next_latent(layer, h_l)` gives z_l; returns all z and the priors."""
+        latents: list[Tensor] = []
+        priors: list[DiagonalGaussian] = []
+        summary: Tensor | None = None
+        for layer in range(self.num_layers):
+            if layer > 0:
+                summary = self._next_summary(layer, summary, latents[-1])
+            priors.append(self._prior(layer, summary, like))
+            latents.append(next_latent(layer, summary))
+        return torch.stack(latents, dim=-2), priors
+
+    def _next_summary(self, layer: int, previous: Tensor | None, latent: Tensor) -> Tensor:
+        # h_l = tanh(W_hh h_{l-1} + W_ih z_{l-1}); `previous` is None where h_{l-1} = 0.
+        from_latent = self.latent_to_summary[layer - 1]
+        total = from_latent(latent.to(from_latent.weight.dtype))
+        if previous is not None:
+            total = total + self.summary_to_summary[layer - 2](previous)
+        return torch.tanh(total)
+
+    def _prior(self, layer: int, summary: Tensor | None, like: Tensor) -> DiagonalGaussian:
+        if summary is None:
+            shape = (*like.shape[:-2], self.latent_size)
+            return DiagonalGaussian.standard(*shape, dtype=like.dtype, device=like.device)
+        return DiagonalGaussian.from_raw(self.prior_heads[layer - 1](summary))
+
+    def _posterior(
+        self, layer: int, features: Tensor, summary: Tensor | None
+    ) -> DiagonalGaussian:
+        raw = self.posterior_from_features[layer](features)
+        if summary is not None:
+            raw = raw + self.posterior_from_summary[layer - 1](summary)
+        return DiagonalGaussian.from_raw(raw)
+
+
+def _zero(linear: nn.Linear) -> None:
+    init.zeros_(linear.weight)
+    init.zeros_(linear.bias)

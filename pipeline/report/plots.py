@@ -1,0 +1,197 @@
+"""Plots as SVG that is part of the page: its text is text, its colours are the page's.
+
+matplotlib draws with placeholder colours; each becomes a CSS variable, so that one SVG reads in
+light and in dark. A panel is as wide as a phone, so that its text is never scaled down.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+INK, MUTED, GRID, TRAIN, VALID = "#010101", "#020202", "#030303", "#040404", "#050505"
+_CSS = {
+    INK: "currentColor",
+    MUTED: "var(--muted)",
+    GRID: "var(--grid)",
+    TRAIN: "var(--train)",
+    VALID: "var(--valid)",
+}
+# From the first layer to the last; each stands out from white and from near-black.
+_LAYER_RAMP = ((0x3B, 0x7D, 0xD8), (0x2A, 0x9D, 0x8F), (0xD9, 0x8E, 0x04), (0xD6, 0x4B, 0x5F))
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "della",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.color": GRID,
+    "ytick.labelcolor": MUTED,
+    "ytick.left": False,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.handlelength": 1.4,
+}
+_SIZE = (4.5, 2.7)  # inches; 324 points wide
+_WIDE = (9.2, 3.0)
+_MARKED_POINTS = 40  # of a curve with fewer, each point gets a dot
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a panel."""
+
+    label: str
+    points: Sequence[Sequence[float]]  # [x, y]
+    color: str
+    width: float = 1.6
+    marked: bool = False
+
+
+def curve_panel(name: str, curve: dict[str, list[list[float]]], unit: str) -> str:
+    """A figure over optimizer steps, in training and in validation."""
+    lines = []
+    if "train" in curve:
+        lines.append(Line("train", curve["train"], TRAIN, 1.3))
+    if "valid" in curve:
+        marked = len(curve["valid"]) <= _MARKED_POINTS
+        lines.append(Line("valid", curve["valid"], VALID, 1.8, marked))
+    return line_panel(name, lines, unit)
+
+
+def layers_panel(name: str, curves: list[list[list[float]]], unit: str) -> str:
+    """One curve a layer over optimizer steps."""
+    lines = [
+        Line(f"layer {layer}", points, layer_color(layer, len(curves)), 1.5)
+        for layer, points in enumerate(curves)
+    ]
+    return line_panel(name, lines, unit, _WIDE if len(curves) > 8 else _SIZE)
+
+
+def line_panel(
+    name: str, lines: Sequence[Line], unit: str, size: tuple[float, float] = _SIZE
+) -> str:
+    """Curves over optimizer steps as an SVG element; `name` is its accessible name."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(size)
+        for line in lines:
+            x, y = zip(*line.points, strict=True)
+            marker = {"marker": "o", "markersize": 3} if line.marked or len(x) == 1 else {}
+            axes.plot(
+                x, y, color=line.color, linewidth=line.width, label=line.label, **marker
+            )
+        axes.margins(x=0.02, y=0.08)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep="", places=None))
+        _finish_y(axes, unit)
+        if len(lines) > 1:
+            _legend(axes, len(lines))
+        return _svg(figure, name)
+
+
+def bar_panel(
+    name: str,
+    groups: Sequence[tuple[str, Sequence[float], str]],
+    unit: str,
+    errors: Sequence[float | None] | None = None,
+    ceiling: float | None = None,
+) -> str:
+    """Bars by layer; groups (label, a value a layer, color) stand side by side."""
+    with mpl.rc_context(_STYLE):
+        count = len(groups[0][1])
+        figure, axes = _axes(_WIDE if count > 16 else _SIZE)
+        width = 0.72 / len(groups)
+        for index, (label, values, color) in enumerate(groups):
+            offset = (index - (len(groups) - 1) / 2) * width
+            places = [layer + offset for layer in range(count)]
+            axes.bar(places, values, width * 0.92, color=color, label=label)
+            if errors is not None and all(error is not None for error in errors):
+                axes.errorbar(
+                    places, values, yerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2
+                )
+        if ceiling is not None:
+            axes.axhline(ceiling, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            axes.set_ylim(0, ceiling * 1.12)
+        axes.set_xlabel("layer")
+        axes.set_xlim(-0.6, count - 0.4)
+        axes.xaxis.set_major_locator(MaxNLocator(min(count, 13), integer=True))
+        _finish_y(axes, unit)
+        if len(groups) > 1:
+            _legend(axes, len(groups))
+        return _svg(figure, name)
+
+
+def layer_color(layer: int, num_layers: int) -> str:
+    """The colour of a layer, between the ends of the ramp."""
+    place = (layer / max(num_layers - 1, 1)) * (len(_LAYER_RAMP) - 1)
+    left = min(int(place), len(_LAYER_RAMP) - 2)
+    share = place - left
+    pairs = zip(_LAYER_RAMP[left], _LAYER_RAMP[left + 1], strict=True)
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in pairs)
+
+
+def _axes(size: tuple[float, float]) -> tuple[Figure, Any]:
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.add_subplot()
+
+
+def _finish_y(axes: Any, unit: str) -> None:
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_title(unit, loc="left", fontsize=8, color=MUTED)
+
+
+def _legend(axes: Any, count: int) -> None:
+    """Above the plot at its right end, where no curve runs."""
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.98),
+        ncols=min(count, 4) if count <= 8 else 8,
+        borderaxespad=0.1,
+        columnspacing=1.0,
+        handletextpad=0.5,
+    )
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an `<svg>` element to put into a page."""
+    buffer = io.StringIO()
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # A page holds many figures, and an id must be its alone.
+    prefix = re.sub(r"\W+", "-", name).lower()
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r"url\(#", f"url(#{prefix}-", text)
+    text = re.sub(r'xlink:href="#', f'href="#{prefix}-', text)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # inline in HTML they mean nothing
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    text = re.sub(r"font-family: [^;\"]*;?", "", text)
+    for placeholder, css in _CSS.items():
+        text = text.replace(placeholder, css)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)

@@ -1,0 +1,1 @@
+"""Training: the worker's loop and its parts."""

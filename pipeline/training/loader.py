@@ -1,0 +1,218 @@
+"""Documents from shards to micro-batches, read and padded in the background.
+
+Only the row groups of the current window are in memory, and of the next one, which is read while
+the current one is used.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.batches import (
+    VALIDATION_EPOCH,
+    BatchOrder,
+    Documents,
+    MicroBatch,
+    Position,
+    Window,
+    cut_sorted,
+    document_noise,
+    padded,
+    split,
+)
+
+PREFETCH_STEPS = 4
+
+
+class Split(Protocol):
+    """What is used of a split of `pipeline.shards.Dataset`."""
+
+    @property
+    def row_groups(self) -> Sequence[Any]:
+        """(part, row group, first document, rows) of each row group."""
+
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each document."""
+
+    def read_row_group(self, index: int) -> Sequence[NDArray[np.int32]]:
+        """Token ids of the documents of a row group."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of each global batch this worker takes."""
+
+    rank: int
+    num_workers: int
+    accumulation: int
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What a micro-batch needs beside the documents."""
+
+    pad_id: int
+    num_layers: int  # L, the latents of a document
+    latent_size: int  # p
+    seed: int
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One optimizer step's share of this worker."""
+
+    position: Position
+    next_position: Position
+    micro_batches: tuple[MicroBatch, ...]
+    num_documents: int  # of the global batch
+
+
+class TrainLoader:
+    """Iterates over steps from a position on, without end; `close` when done.
+
+    `waited_s` is the time in seconds that the consumer has waited for data so far.
+
+    Raises:
+        UserError: what reading a shard raises is raised again where the step is asked for.
+    """
+
+    def __init__(
+        self, split: Split, order: BatchOrder, start: Position, share: Share, padding: Padding
+    ) -> None:
+        self._split, self._order, self._start = split, order, start
+        self._share, self._padding = share, padding
+        self.waited_s = 0.0
+        self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(PREFETCH_STEPS)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._fill, daemon=True, name="train-loader")
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        while True:
+            started = time.perf_counter()
+            item = self._queue.get()
+            self.waited_s += time.perf_counter() - started
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _fill(self) -> None:
+        try:
+            with ThreadPoolExecutor(1, thread_name_prefix="window") as reader:
+                for window, tokens_of in self._windows(reader):
+                    for step in self._steps(window, tokens_of):
+                        if not self._put(step):
+                            return
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: StepBatch | BaseException) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _windows(self, reader: ThreadPoolExecutor) -> Iterator[tuple[Window, TokensOf]]:
+        """Each window with its documents in memory; the next one is read meanwhile."""
+        windows = self._order.windows_from(self._start)
+        window = next(windows)
+        reading: Future[TokensOf] = reader.submit(read_window, self._split, self._order, window)
+        for upcoming in windows:
+            tokens_of = reading.result()
+            reading = reader.submit(read_window, self._split, self._order, upcoming)
+            yield window, tokens_of
+            window = upcoming
+
+    def _steps(self, window: Window, tokens_of: TokensOf) -> Iterator[StepBatch]:
+        share = self._share
+        for offset, documents in enumerate(window.batches):
+            batch = window.first_batch + offset
+            parts = split(documents, share.num_workers, share.accumulation)[share.rank]
+            # The mean over workers and DeepSpeed's 1/accumulation then give sum / documents.
+            weight = share.num_workers * share.accumulation / len(documents)
+            yield StepBatch(
+                Position(window.epoch, batch),
+                Position(window.epoch, batch + 1),
+                tuple(
+                    self._micro_batch(part, window.epoch, tokens_of, weight)
+                    if len(part)
+                    else self._micro_batch(documents[:1], window.epoch, tokens_of, 0.0)
+                    for part in parts
+                ),
+                len(documents),
+            )
+
+    def _micro_batch(
+        self, documents: Documents, epoch: int, tokens_of: TokensOf, weight: float
+    ) -> MicroBatch:
+        return make_micro_batch(documents, epoch, tokens_of, weight, self._padding)
+
+
+TokensOf = Callable[[int], NDArray[np.int32]]
+
+
+def make_micro_batch(
+    documents: Documents, epoch: int, tokens_of: TokensOf, weight: float, padding: Padding
+) -> MicroBatch:
+    """Pad documents, with the noise that belongs to them in this epoch."""
+    noise = document_noise(
+        padding.seed, epoch, documents, padding.num_layers, padding.latent_size
+    )
+    return padded([tokens_of(int(d)) for d in documents], noise, weight, padding.pad_id)
+
+
+def read_window(split: Split, order: BatchOrder, window: Window) -> TokensOf:
+    """Read a window's row groups; return the token ids of a document by its index."""
+    return read_row_groups(split, order.first_documents, window.row_groups)
+
+
+def read_row_groups(split: Split, first: Documents, row_groups: Sequence[int]) -> TokensOf:
+    """Read row groups; return the token ids of a document by its index in the split."""
+    held = {index: split.read_row_group(index) for index in row_groups}
+
+    def tokens_of(document: int) -> NDArray[np.int32]:
+        row_group = int(np.searchsorted(first, document, side="right")) - 1
+        return held[row_group][document - int(first[row_group])]
+
+    return tokens_of
+
+
+def validation_batches(
+    split: Split, num_documents: int, micro_batch_tokens: int, share: Share, padding: Padding
+) -> list[MicroBatch]:
+    """This worker's share of the split's first documents, the same every time it is called.
+
+    Every worker gets as many batches as the others (ZeRO-3 computes them together): the shorter
+    lists are filled with a document of weight 0.
+    """
+    lengths = split.lengths()[:num_documents]
+    first = np.array([group[2] for group in split.row_groups], np.int64)
+    needed = [i for i, start in enumerate(first) if start < len(lengths)]
+    tokens_of = read_row_groups(split, first, needed)
+    documents = np.argsort(lengths, kind="stable").astype(np.int64)
+    budget = max(micro_batch_tokens, int(lengths.max()))
+    batches = np.split(documents, cut_sorted(lengths[documents], budget))
+    mine = [(batch, 1.0) for batch in batches[share.rank :: share.num_workers]]
+    rounds = -(-len(batches) // share.num_workers)
+    mine += [(documents[:1], 0.0)] * (rounds - len(mine))
+    return [
+        make_micro_batch(batch, VALIDATION_EPOCH, tokens_of, weight, padding)
+        for batch, weight in mine
+    ]

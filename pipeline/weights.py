@@ -1,0 +1,215 @@
+"""Trained weights: finding the folder, naming its content, loading it, and whose tokenizer it has.
+
+Weights are a `from_pretrained` folder: `config.json`, safetensors and the tokenizer's files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.artifact import Artifact, digest
+from pipeline.cluster import scratch_folder
+from pipeline.errors import UserError
+from pipeline.storage import Location, local_copy
+
+if TYPE_CHECKING:
+    import torch
+    from della_model import Della
+
+    from pipeline.shards import Dataset
+
+BEST = "weights/best"
+# Keys of config.json that say where and by what it was written, not what the model computes.
+_NOT_CONTENT = ("_name_or_path", "transformers_version")
+_CHUNK_BYTES = 1 << 22
+
+
+def resolve_weights(folder: Location) -> Location:
+    """Find the `from_pretrained` folder that `weights=FOLDER` means.
+
+    A training artifact means its best weights; a `from_pretrained` folder means itself.
+
+    Raises:
+        UserError: if the folder is neither, or its training has left no weights yet.
+    """
+    artifact = Artifact.find(folder)
+    if artifact is not None and artifact.stage == "train":
+        best = folder / BEST
+        if not (best / "config.json").is_file():
+            raise UserError(
+                f"weights={folder} is a training run ({artifact.status}) without {BEST}: expected "
+                "weights that its validation has saved; run the training's command again first."
+            )
+        return best
+    if artifact is not None:
+        raise UserError(
+            f"weights={folder} is the artifact of a {artifact.stage} stage: expected one of a "
+            "train stage, or a from_pretrained folder; give the folder that jobs/train.py printed."
+        )
+    if not (folder / "config.json").is_file():
+        inner = next((n for n in ("best", "last") if (folder / n / "config.json").is_file()), None)
+        remedy = f"give {folder / inner}." if inner else "check the path."
+        raise UserError(
+            f"weights={folder} holds no config.json: expected the artifact of a train stage or a "
+            f"from_pretrained folder; {remedy}"
+        )
+    return folder
+
+
+def fingerprint_weights(folder: Location) -> str:
+    """Name weights by content: sha256, in hex, over the config, the index and the safetensors.
+
+    Raises:
+        UserError: if the folder holds no weights.
+    """
+    folder = resolve_weights(folder)
+    config = _read_config(folder)
+    files = _weight_files(folder)
+    content: dict[str, Any] = {
+        "config": json.dumps(
+            {key: value for key, value in config.items() if key not in _NOT_CONTENT},
+            sort_keys=True,
+        )
+    }
+    for file in files:
+        content[file.name] = _sha256(file)
+    return digest(content)
+
+
+def load_model(folder: Location, device: torch.device | str = "cpu") -> Della:
+    """Load weights for evaluation, in float32, on `device`.
+
+    Args:
+        folder: a training artifact or a `from_pretrained` folder.
+        device: where the model computes.
+
+    Raises:
+        UserError: if the folder holds another kind of model, its weights do not fit its config, or
+            some of them are NaN or infinite.
+    """
+    import torch
+    from della_model import Della
+    from della_model.errors import ConfigError
+
+    folder = resolve_weights(folder)
+    model_type = _read_config(folder).get("model_type")
+    if model_type != "della":
+        raise UserError(
+            f"{folder} holds a model of type '{model_type}': expected 'della', which has latents; "
+            "train one with jobs/train.py (model.backbone=FOLDER starts from a pretrained decoder)."
+        )
+    _weight_files(folder)
+    try:
+        model = Della.from_pretrained(_local(folder), dtype=torch.float32)
+    except (ConfigError, OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{folder} cannot be loaded ({reason}): its config and safetensors are damaged or do "
+            "not fit each other; train again, or give another folder."
+        ) from error
+    _require_finite(model, folder)
+    return model.to(device).eval()
+
+
+def load_weights_tokenizer(folder: Location) -> Any:
+    """Load the tokenizer that lies beside the weights.
+
+    Raises:
+        UserError: if there is none.
+    """
+    from pipeline.tokenization import load_tokenizer
+
+    folder = resolve_weights(folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(
+            f"{folder} holds no tokenizer: expected tokenizer.json beside the weights, for texts "
+            "are read and written with it; copy it from the dataset's tokenizer folder."
+        )
+    return load_tokenizer(_local(folder))
+
+
+def check_tokenizer(weights: Location, dataset: Dataset) -> None:
+    """Check that a dataset's token ids mean what they meant in training.
+
+    Raises:
+        UserError: if the dataset was made by another tokenizer than the weights'.
+    """
+    from pipeline.tokenization import fingerprint_tokenizer
+
+    expected = fingerprint_tokenizer(load_weights_tokenizer(weights))
+    got = dataset.tokenizer_fingerprint
+    if expected != got:
+        raise UserError(
+            f"the dataset was made by another tokenizer than the weights': expected {expected[:12]}"
+            f" (beside the weights {weights}), got {got[:12]}: its token ids would mean other "
+            "words to the model; preprocess the texts with tokenizer=hf and tokenizer.path= the "
+            "folder of these weights."
+        )
+
+
+def _read_config(folder: Location) -> dict[str, Any]:
+    config = (folder / "config.json").read_json()
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{folder / 'config.json'} holds no table of settings: it was damaged; "
+            "restore it, or give another folder."
+        )
+    return config
+
+
+def _weight_files(folder: Location) -> list[Location]:
+    """Safetensors and their index, by name."""
+    files = [
+        file
+        for file in folder.children()
+        if file.name.endswith((".safetensors", ".safetensors.index.json"))
+    ]
+    if not any(file.name.endswith(".safetensors") for file in files):
+        raise UserError(
+            f"{folder} holds no *.safetensors beside its config.json: expected weights in that "
+            "format; save them with save_pretrained, or give another folder."
+        )
+    return files
+
+
+def _sha256(file: Location) -> str:
+    found = hashlib.sha256()
+    with file.filesystem.open_input_stream(file.path, compression=None) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def _local(folder: Location) -> Path:
+    """The folder on this machine; a remote one is copied once, whoever asks at the same time."""
+    if folder.is_local:
+        return Path(folder.path)
+    infos = [file.info() for file in folder.children()]
+    state = {info.path: [info.size, info.mtime_ns or 0] for info in infos}
+    copy = scratch_folder() / f"weights-{digest([str(folder), state])[:16]}"
+    if not copy.is_dir():
+        partial = scratch_folder() / f"partial-{uuid.uuid4().hex}"
+        fetched = local_copy(folder, partial)
+        try:
+            fetched.rename(copy)
+        except OSError:  # another process of this node was first
+            if not copy.is_dir():
+                raise
+    return copy
+
+
+def _require_finite(model: Della, folder: Location) -> None:
+    import torch
+
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    bad = [name for name, value in tensors if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise UserError(
+            f"{folder} holds NaN or infinite weights ({len(bad)} tensors, the first is {bad[0]}): "
+            "every figure would be NaN; the training diverged: lower train.learning_rate and train "
+            "again, or give an earlier checkpoint's weights."
+        )
