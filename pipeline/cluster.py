@@ -52,7 +52,8 @@ def _start(spec: ClusterSpec) -> None:
     if not spec.verbose:
         logging.getLogger("ray").setLevel(logging.WARNING)
     if address is None:
-        ray.init(num_cpus=spec.num_cpus, include_dashboard=None, **options)
+        # "local": never another cluster that happens to run on this machine.
+        ray.init(address="local", num_cpus=spec.num_cpus, **options)
         return
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         # Outside `ray job submit` nothing has brought our code to the other nodes yet.

@@ -18,7 +18,7 @@ from pipeline.storage import Location, local_copy
 
 if TYPE_CHECKING:
     import torch
-    from della_model import Della
+    from della_model import Della, DellaConfig
 
     from pipeline.shards import Dataset
 
@@ -80,6 +80,29 @@ def fingerprint_weights(folder: Location) -> str:
     return digest(content)
 
 
+def load_config(folder: Location) -> DellaConfig:
+    """Read the model's configuration, without its weights.
+
+    Raises:
+        UserError: if the folder holds another kind of model, or a config that cannot be used.
+    """
+    from della_model import ConfigError, DellaConfig
+
+    folder = resolve_weights(folder)
+    values = _read_config(folder)
+    model_type = values.get("model_type")
+    if model_type != DellaConfig.model_type:
+        raise UserError(
+            f"{folder} holds a model of type '{model_type}': expected 'della', which has latents; "
+            "train one with jobs/train.py (model.backbone=FOLDER starts from a pretrained decoder)."
+        )
+    try:
+        config: DellaConfig = DellaConfig.from_dict(values)
+    except ConfigError as error:
+        raise UserError(f"{folder / 'config.json'} cannot be used: {error}") from None
+    return config
+
+
 def load_model(folder: Location, device: torch.device | str = "cpu") -> Della:
     """Load weights for evaluation, in float32, on `device`.
 
@@ -93,26 +116,28 @@ def load_model(folder: Location, device: torch.device | str = "cpu") -> Della:
     """
     import torch
     from della_model import Della
-    from della_model.errors import ConfigError
 
     folder = resolve_weights(folder)
-    model_type = _read_config(folder).get("model_type")
-    if model_type != "della":
-        raise UserError(
-            f"{folder} holds a model of type '{model_type}': expected 'della', which has latents; "
-            "train one with jobs/train.py (model.backbone=FOLDER starts from a pretrained decoder)."
-        )
+    load_config(folder)
     _weight_files(folder)
     try:
-        model = Della.from_pretrained(_local(folder), dtype=torch.float32)
-    except (ConfigError, OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        model, loading = Della.from_pretrained(
+            _local(folder), dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # safetensors raises a bare Exception of its own
         raise UserError(
-            f"{folder} cannot be loaded ({reason}): its config and safetensors are damaged or do "
-            "not fit each other; train again, or give another folder."
+            f"{folder} cannot be loaded ({_first_line(error)}): its config and safetensors are "
+            "damaged or do not fit each other; train again, or give another folder."
         ) from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the model's weights (the first is {missing[0]}): "
+            "they would be random, and so would every figure; train again, or give another folder."
+        )
     _require_finite(model, folder)
-    return model.to(device).eval()
+    loaded: Della = model.to(device).eval()
+    return loaded
 
 
 def load_weights_tokenizer(folder: Location) -> Any:
@@ -123,13 +148,7 @@ def load_weights_tokenizer(folder: Location) -> Any:
     """
     from pipeline.tokenization import load_tokenizer
 
-    folder = resolve_weights(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(
-            f"{folder} holds no tokenizer: expected tokenizer.json beside the weights, for texts "
-            "are read and written with it; copy it from the dataset's tokenizer folder."
-        )
-    return load_tokenizer(_local(folder))
+    return load_tokenizer(resolve_weights(folder))
 
 
 def check_tokenizer(weights: Location, dataset: Dataset) -> None:
@@ -213,3 +232,7 @@ def _require_finite(model: Della, folder: Location) -> None:
             "every figure would be NaN; the training diverged: lower train.learning_rate and train "
             "again, or give an earlier checkpoint's weights."
         )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,262 @@
+"""Texts out of a model: sentences from the prior, reconstructions through the posterior.
+
+All is deterministic by seed: the latents of a document depend on the seed and its place alone, the
+tokens drawn also on which documents share its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+from pipeline.evaluation.blocks import padded
+from pipeline.evaluation.noise import Stream, document_noise, torch_seed
+from pipeline.specs.generate import GenerateSpec
+from pipeline.storage import Location
+from pipeline.tokenization import encoder_of, special_ids
+
+if TYPE_CHECKING:
+    import torch
+    from della_model import Della
+
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen.
+
+    `temperature=0` or several beams search the likeliest text; else tokens are drawn from the
+    `top_k` likeliest (0: all) within probability mass `top_p`.
+    """
+
+    max_tokens: int = 64  # new ones at most, EOS among them; the model's context ends it too
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    num_beams: int = 1
+
+    @property
+    def draws(self) -> bool:
+        """Whether chance has a part in it."""
+        return self.temperature > 0 and self.num_beams == 1
+
+    def options(self, context: int) -> dict[str, Any]:
+        """Arguments of transformers' `generate`; `context` is the model's longest document."""
+        chosen: dict[str, Any] = {
+            "max_new_tokens": min(self.max_tokens, context - 1),
+            "num_beams": self.num_beams,
+            "do_sample": self.draws,
+        }
+        if self.draws:
+            chosen |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return chosen
+
+
+def sample_texts(
+    model: Della,
+    tokenizer: Any,
+    num: int,
+    seed: int,
+    decoding: Decoding,
+    batch_size: int = BATCH_SIZE,
+) -> list[str]:
+    """Texts from the prior: z ~ p(z), then x from p(x | z) by `decoding`."""
+    import torch
+
+    shape = (model.config.num_latent_layers, model.config.latent_size)
+    texts: list[str] = []
+    for first in range(0, num, batch_size):
+        places = range(first, min(first + batch_size, num))
+        noise = torch.from_numpy(document_noise(seed, Stream.PRIOR, places, shape))
+        latents = model.sample_prior(noise=noise.to(model.device))
+        texts += _decoded(model, tokenizer, latents, decoding, seed, first)
+    return texts
+
+
+def reconstruct_texts(
+    model: Della,
+    tokenizer: Any,
+    texts: Sequence[str],
+    seed: int,
+    decoding: Decoding,
+    latents: Literal["mean", "sample"] = "mean",
+    batch_size: int = BATCH_SIZE,
+) -> list[str]:
+    """As `reconstruct_documents`, from raw texts.
+
+    Raises:
+        UserError: if a text is empty, or longer than the model's context.
+    """
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise UserError(
+                f"text {number} is empty: expected a document on every line, for nothing could be "
+                "reconstructed from none; delete the line."
+            )
+    documents = list(encoder_of(tokenizer).encode(texts))
+    context = context_of(model)
+    for number, document in enumerate(documents, start=1):
+        if len(document) > context:
+            raise UserError(
+                f"text {number} has {len(document)} tokens with BOS and EOS, but the model's "
+                f"context is {context}: it cannot be encoded whole; shorten or split it."
+            )
+    return reconstruct_documents(model, tokenizer, documents, seed, decoding, latents, batch_size)
+
+
+def reconstruct_documents(
+    model: Della,
+    tokenizer: Any,
+    documents: Sequence[NDArray[np.int32]],
+    seed: int,
+    decoding: Decoding,
+    latents: Literal["mean", "sample"] = "mean",
+    batch_size: int = BATCH_SIZE,
+) -> list[str]:
+    """Texts that documents become through their latents: z from q(z | x), then x from p(x | z).
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        documents: token ids, from BOS to EOS.
+        seed: names the draws, where there are any.
+        decoding: how tokens are chosen.
+        latents: "mean" runs the chain on posterior means, "sample" draws.
+        batch_size: documents decoded at once.
+    """
+    import torch
+
+    shape = (model.config.num_latent_layers, model.config.latent_size)
+    texts: list[str] = []
+    for first in range(0, len(documents), batch_size):
+        batch = documents[first : first + batch_size]
+        places = range(first, first + len(batch))
+        noise = torch.from_numpy(document_noise(seed, Stream.RECONSTRUCTION, places, shape))
+        if latents == "mean":
+            noise = torch.zeros_like(noise)
+        with torch.inference_mode():
+            inferred = model.infer(*padded(batch, model.device), noise.to(model.device)).latents
+        texts += _decoded(model, tokenizer, inferred, decoding, seed, first)
+    return texts
+
+
+def context_of(model: Della) -> int:
+    """Longest document of a model, in tokens with BOS and EOS."""
+    longest: int = model.config.backbone.max_position_embeddings
+    return longest
+
+
+def _decoded(
+    model: Della,
+    tokenizer: Any,
+    latents: torch.Tensor,
+    decoding: Decoding,
+    seed: int,
+    first: int,
+) -> list[str]:
+    import torch
+
+    special = special_ids(tokenizer)
+    start = torch.full((len(latents), 1), special.bos, device=model.device)
+    with _seeded(model.device, torch_seed(seed, Stream.TOKENS, first)):
+        found = model.generate(
+            start,
+            latents=latents,
+            eos_token_id=special.eos,
+            pad_token_id=special.pad,
+            **decoding.options(context_of(model)),
+        )
+    encoder = encoder_of(tokenizer)
+    return [encoder.decode(ids).strip() for ids in found[:, 1:].tolist()]
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Draw from a seed of one's own, and leave the caller's random state as it was."""
+    import torch
+
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def run_generate(spec: GenerateSpec, weights: Location) -> list[dict[str, str]]:
+    """Generate what the spec asks for: rows `sample`, or `source` and `reconstruction`.
+
+    Raises:
+        UserError: if the weights or the input cannot be used.
+    """
+    from pipeline.weights import load_model, load_weights_tokenizer
+
+    texts = read_texts(Location.parse(spec.input)) if spec.input is not None else []
+    tokenizer = load_weights_tokenizer(weights)
+    model = load_model(weights, _device(spec.device))
+    default = 1.0 if spec.mode == "sample" and spec.num_beams == 1 else 0.0
+    decoding = Decoding(
+        max_tokens=spec.max_tokens,
+        temperature=default if spec.temperature is None else spec.temperature,
+        top_k=spec.top_k,
+        top_p=spec.top_p,
+        num_beams=spec.num_beams,
+    )
+    if spec.mode == "sample":
+        samples = sample_texts(model, tokenizer, spec.num, spec.seed, decoding, spec.batch_size)
+        return [{"sample": text} for text in samples]
+    rebuilt = reconstruct_texts(
+        model, tokenizer, texts, spec.seed, decoding, spec.latents, spec.batch_size
+    )
+    pairs = zip(texts, rebuilt, strict=True)
+    return [{"source": source, "reconstruction": text} for source, text in pairs]
+
+
+def read_texts(file: Location) -> list[str]:
+    """Read a text file, a document a line.
+
+    Raises:
+        UserError: if it is missing, empty, not UTF-8, or has an empty line.
+    """
+    if not file.is_file():
+        raise UserError(
+            f"input={file} is not there: expected a text file, a document a line; check the path."
+        )
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"input={file}, line {line}, is not UTF-8 ({error.reason}): its characters would be "
+            "guesses; convert the file to UTF-8."
+        ) from None
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    empty = next((number for number, line in enumerate(lines, start=1) if not line), None)
+    if empty is not None:
+        what = "is empty" if len(lines) == 1 else f"has nothing in line {empty}"
+        raise UserError(
+            f"input={file} {what}: expected a document on every line, for nothing could be "
+            "reconstructed from none; delete the empty lines."
+        )
+    return lines
+
+
+def _device(name: str) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if available else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = "unknown"
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not available):
+        there = "cpu, cuda" if available else "cpu"
+        raise UserError(f"device={name} is not there: expected auto or one of {there}.")
+    return name

@@ -1,0 +1,154 @@
+"""The entry points' configs: every file composes and validates, every mistake is one sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.entry import CONF, choices, compose, override_value, spec_values, trial_overrides
+from jobs.job_file import job_from_config, split_stage_overrides
+from pipeline.errors import UserError
+from pipeline.specs import EvaluateSpec, PreprocessSpec, TrainSpec, TuneSpec
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_experiment_composes_and_validates(experiment):
+    config = compose("train", ["dataset=x", f"experiment={experiment}"])
+    TrainSpec.build(spec_values(config, TrainSpec))
+
+
+@pytest.mark.parametrize("job", choices("job"))
+def test_job_composes_and_validates(job):
+    stages = job_from_config(compose("run", [f"job={job}"])).stages
+    assert {"preprocess", "train", "evaluate"} <= {stage.kind for stage in stages}
+
+
+@pytest.mark.parametrize("search", choices("search"))
+def test_search_composes_and_every_key_is_one_of_the_train_config(search):
+    from pipeline.stages.tune import check_space
+
+    config = compose("tune", ["dataset=x", f"search={search}", "train.max_steps=3"])
+    trial = TrainSpec.build(spec_values(config, TrainSpec))
+    check_space(TuneSpec.build({**spec_values(config, TuneSpec), "trial": trial}))
+
+
+@pytest.mark.parametrize("model", choices("model"))
+@pytest.mark.parametrize("zero", choices("deepspeed"))
+def test_train_groups_compose_and_validate(model, zero):
+    config = compose(
+        "train", ["dataset=x", f"model={model}", f"deepspeed={zero}", "train.max_steps=3"]
+    )
+    TrainSpec.build(spec_values(config, TrainSpec))
+
+
+@pytest.mark.parametrize("corpus", choices("corpus"))
+@pytest.mark.parametrize("tokenizer", choices("tokenizer"))
+def test_preprocess_groups_compose_and_validate(corpus, tokenizer):
+    overrides = [f"corpus={corpus}", f"tokenizer={tokenizer}"]
+    overrides += ["corpus.path=x"] if corpus == "hf" else ["corpus.train=x"]
+    overrides += [] if tokenizer == "bpe" else ["tokenizer.path=x"]
+    PreprocessSpec.build(spec_values(compose("preprocess", overrides), PreprocessSpec))
+
+
+def test_conf_holds_no_default_that_the_specs_do_not():
+    config = compose("evaluate", ["weights=x", "dataset=y"])
+    assert EvaluateSpec.build(spec_values(config, EvaluateSpec)) == EvaluateSpec()
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("train", ["dataset=x", "train.max_step=3"], "did you mean 'train.max_steps'?"),
+        ("train", ["dataset=x", "trian.max_steps=3"], "did you mean 'train.max_steps'?"),
+        ("train", ["dataset=x", "model=tinny"], "did you mean 'tiny'?"),
+        ("train", ["model=tiny"], "'dataset' has no value"),
+        ("train", ["dataset=x", "model"], "not of the form key=value"),
+        ("run", [], "'job' has no value, but it is needed; job is one of: demo"),
+        ("evaluate", ["weights=x"], "'dataset' has no value"),
+        ("preprocess", ["tokeniser=bpe"], "did you mean 'tokenizer'?"),
+    ],
+)
+def test_compose_mistake_is_one_sentence(name, overrides, expected):
+    with pytest.raises(UserError) as caught:
+        compose(name, overrides)
+    assert expected in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_job_stage_overrides_reach_the_stage_and_win():
+    arguments = ["job=demo", "model.train.max_steps=7", "data.tokenizer.vocab_size=301"]
+    job = job_from_config(compose("run", split_stage_overrides(arguments)))
+    specs = {stage.name: stage.spec for stage in job.stages}
+    assert specs["model"].train.max_steps == 7
+    assert specs["data"].tokenizer.vocab_size == 301
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("modle.train.max_steps=7", "did you mean 'model'?"),
+        ("model.train.max_step=7", "stage 'model': unknown key 'train.max_step'"),
+        ("model.model=tinny", "did you mean 'tiny'?"),
+        ("model.train.max_steps=-1", "stage 'model': train.max_steps=-1 is refused"),
+    ],
+)
+def test_job_stage_override_mistake_names_the_stage(argument, expected):
+    with pytest.raises(UserError) as caught:
+        job_from_config(compose("run", split_stage_overrides(["job=demo", argument])))
+    assert expected in caught.value.message
+
+
+def test_override_values_survive_hydra(tmp_path):
+    value = {"text": 'a "quoted", {odd} = text', "list": [1, 2.5, True, None]}
+    path = tmp_path / "a b=c.yaml"
+    path.write_text(yaml.safe_dump({"storage": value["text"], "model.latent_layers": [0, 1]}))
+    config = compose("train", ["dataset=x", *trial_overrides(str(path))])
+    assert config["storage"] == value["text"]
+    assert config["model"]["latent_layers"] == [0, 1]
+    assert override_value(value["list"]) == "[1,2.5,true,null]"
+
+
+def test_from_trial_without_a_file_says_what_was_expected(tmp_path):
+    with pytest.raises(UserError, match=r"holds no best\.yaml"):
+        trial_overrides(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "job",
+    sorted(
+        file.stem
+        for file in (ROOT / "jobs").glob("*.py")
+        if "run_job(" in file.read_text() and file.stem != "entry"
+    ),
+)
+def test_job_user_error_exits_with_2_and_shows_no_traceback(job, tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "jobs" / f"{job}.py", "nonsense.key=1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_job_help_is_hydras_own(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "jobs" / "train.py", "dataset=x", "--cfg", "job"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert yaml.safe_load(done.stdout)["model"]["size"] == "tiny"
+    assert list(tmp_path.iterdir()) == []
+    assert CONF.is_dir()
