@@ -50,6 +50,9 @@ class DellaConfig(PreTrainedConfig):
         if isinstance(self.latent_layers, Sequence) and not isinstance(self.latent_layers, str):
             self.latent_layers = list(self.latent_layers)  # what a saved file gives back
         self.check()
+        # transformers writes this one's attention implementation, None if absent, into the
+        # backbone's: it must not undo what a loaded backbone has settled on.
+        kwargs.setdefault("attn_implementation", self.backbone._attn_implementation)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -81,7 +84,7 @@ class DellaConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raises ConfigError at the first field that cannot be used."""
         _check_whole("latent_size", self.latent_size, "a latent needs a dimension; 32 is usual")
-        _check_whole("fusion_rank", self.fusion_rank, "a fusion of no rank fuses nothing; 4 is usual")
+        _check_whole("fusion_rank", self.fusion_rank, "without a rank nothing is fused; 4 is usual")
         if self.fusion not in FUSIONS:
             raise ConfigError(unknown_name("fusion", self.fusion, FUSIONS))
         if self.pooling not in POOLINGS:

@@ -17,4 +17,5 @@ def unknown_name(what: str, name: object, known: Iterable[str], remedy: str = ""
     names = sorted(known)
     near = get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{what}: expected one of {', '.join(names)}, got {name!r}.{hint}{remedy and ' ' + remedy}"
+    remedy = f" {remedy}" if remedy else ""
+    return f"{what}: expected one of {', '.join(names)}, got {name!r}.{hint}{remedy}"

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from della_model.shapes import Float
 
 
-class Fusion(Protocol):
-    """What every fusion offers; `FUSIONS` builds them from these four numbers."""
+class Fusion(nn.Module):
+    """What every fusion offers; a name in `FUSIONS` makes it a choice of the configuration."""
 
-    def __init__(self, value_size: int, latent_size: int, rank: int, residual: bool) -> None: ...
+    def __init__(self, value_size: int, latent_size: int, rank: int, residual: bool) -> None:
+        super().__init__()
+        self.value_size = value_size
+        self.latent_size = latent_size
+        self.rank = rank
+        self.residual = residual
 
-    def reset_parameters(self) -> None: ...
+    def reset_parameters(self) -> None:
+        """Draws the starting weights, by transformers' initialisers, which keep loaded ones."""
+        raise NotImplementedError
 
-    def __call__(
+    def forward(
         self,
         values: Float[Tensor, "batch time value"],
         latent: Float[Tensor, "batch latent"],
-    ) -> Float[Tensor, "batch time value"]: ...
+    ) -> Float[Tensor, "batch time value"]:
+        """The attention values of one layer under that layer's latent."""
+        raise NotImplementedError
 
 
-class LowRankTensorFusion(nn.Module):
+class LowRankTensorFusion(Fusion):
     """ṽ = v + Σ_r (W_v^r [v; 1]) ∘ (W_z^r [z; 1]): the product first, then the sum over ranks.
 
     A tensor of order three over [v; 1] and [z; 1], of rank R (Liu et al. 2018, after which Hu et
@@ -35,24 +42,21 @@ class LowRankTensorFusion(nn.Module):
     """
 
     def __init__(self, value_size: int, latent_size: int, rank: int, residual: bool = True) -> None:
-        super().__init__()
-        self.rank = rank
-        self.residual = residual
+        super().__init__(value_size, latent_size, rank, residual)
         # All ranks in one matrix each: rank r owns the columns r·d … (r+1)·d of the output.
         self.value_factor = nn.Linear(value_size, rank * value_size)
         self.latent_factor = nn.Linear(latent_size, rank * value_size)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Identity with `residual`; otherwise Var ṽ ≈ Var v for values and latents of unit variance."""
-        value_size, latent_size = self.value_factor.in_features, self.latent_factor.in_features
-        init.normal_(self.value_factor.weight, std=value_size**-0.5)
+        """Identity with `residual`; otherwise Var ṽ ≈ Var v where v and z have unit variance."""
+        init.normal_(self.value_factor.weight, std=self.value_size**-0.5)
         init.zeros_(self.value_factor.bias)
         if self.residual:
             init.zeros_(self.latent_factor.weight)
             init.zeros_(self.latent_factor.bias)
         else:
-            std = (self.rank * (latent_size + 1)) ** -0.5
+            std = (self.rank * (self.latent_size + 1)) ** -0.5
             init.normal_(self.latent_factor.weight, std=std)
             init.normal_(self.latent_factor.bias, std=std)
 

@@ -58,6 +58,7 @@ class DiagonalGaussian:
 
     @property
     def scale(self) -> Float[Tensor, "*batch event"]:
+        """Standard deviation."""
         return self.log_scale.exp()
 
     def rsample(self, noise: Float[Tensor, "*noise_batch event"]) -> Float[Tensor, "*out event"]:

@@ -69,6 +69,7 @@ class LatentChain(nn.Module):
         super().__init__()
         self.num_layers = num_layers
         self.latent_size = latent_size
+        self.feature_size = feature_size
         later = range(1, num_layers)
 
         def linears(layers: range, inputs: int, outputs: int, bias: bool) -> nn.ModuleList:
@@ -86,19 +87,20 @@ class LatentChain(nn.Module):
 
     def reset_parameters(self) -> None:
         """Posterior near the prior but alive; priors at N(0, I); an orderly chain."""
-        for head in self.prior_heads:
-            _zero(head)
-        for head in self.posterior_from_summary:
-            init.zeros_(head.weight)
+        for parameter in (
+            *self.prior_heads.parameters(),
+            *self.posterior_from_summary.parameters(),
+        ):
+            init.zeros_(parameter)
         for head in self.posterior_from_features:
             # Rows of μ, then rows of log σ, which start at zero. One copy of the whole matrix,
             # because the initialisers leave loaded parameters alone and know them only as a whole.
-            weight = torch.zeros_like(head.weight)
-            weight[: self.latent_size].normal_(std=_INITIAL_LOC_STD * head.in_features**-0.5)
+            weight = torch.zeros(2 * self.latent_size, self.feature_size)
+            weight[: self.latent_size].normal_(std=_INITIAL_LOC_STD * self.feature_size**-0.5)
             init.copy_(head.weight, weight)
             init.zeros_(head.bias)
         for transition in (*self.latent_to_summary, *self.summary_to_summary):
-            init.normal_(transition.weight, std=transition.in_features**-0.5)
+            init.normal_(transition.weight, std=self.latent_size**-0.5)
 
     def infer(
         self,
@@ -167,8 +169,9 @@ class LatentChain(nn.Module):
 
     def _next_summary(self, layer: int, previous: Tensor | None, latent: Tensor) -> Tensor:
         # h_l = tanh(W_hh h_{l-1} + W_ih z_{l-1}); `previous` is None where h_{l-1} = 0.
-        from_latent = self.latent_to_summary[layer - 1]
-        total = from_latent(latent.to(from_latent.weight.dtype))
+        # Latents are float32; the module may be bfloat16.
+        dtype = next(self.parameters()).dtype
+        total = self.latent_to_summary[layer - 1](latent.to(dtype))
         if previous is not None:
             total = total + self.summary_to_summary[layer - 2](previous)
         return torch.tanh(total)
@@ -179,15 +182,8 @@ class LatentChain(nn.Module):
             return DiagonalGaussian.standard(*shape, dtype=like.dtype, device=like.device)
         return DiagonalGaussian.from_raw(self.prior_heads[layer - 1](summary))
 
-    def _posterior(
-        self, layer: int, features: Tensor, summary: Tensor | None
-    ) -> DiagonalGaussian:
+    def _posterior(self, layer: int, features: Tensor, summary: Tensor | None) -> DiagonalGaussian:
         raw = self.posterior_from_features[layer](features)
         if summary is not None:
             raw = raw + self.posterior_from_summary[layer - 1](summary)
         return DiagonalGaussian.from_raw(raw)
-
-
-def _zero(linear: nn.Linear) -> None:
-    init.zeros_(linear.weight)
-    init.zeros_(linear.bias)

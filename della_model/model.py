@@ -17,17 +17,16 @@ from transformers import (
 )
 
 from della_model.backbones import BACKBONES
-from della_model.backbones.base import encode, fusion_modules
+from della_model.backbones.base import encode
 from della_model.config import DellaConfig, check_supported
 from della_model.errors import InputError
-from della_model.fusion import FUSIONS
+from della_model.fusion import FUSIONS, Fusion
 from della_model.gaussian import at_least_float32
 from della_model.head import VocabularyHead
 from della_model.latents import LatentChain, LatentSample
 from della_model.outputs import DellaOutput, ElboTerms
 from della_model.pooling import Pooling
 from della_model.shapes import Bool, Float, Int
-
 
 
 class Della(PreTrainedModel, GenerationMixin):
@@ -294,13 +293,18 @@ class Della(PreTrainedModel, GenerationMixin):
         """Into the backbone."""
         self.backbone.set_output_embeddings(new_embeddings)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, LatentChain | Pooling):
-            module.reset_parameters()
-        elif module is self:  # comes last, after the backbone drew its own linears, fusions included
-            for fusion in fusion_modules(self.backbone):
-                fusion.reset_parameters()
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """transformers', then each part's own start; weights that were loaded stay.
+
+        Not through `_init_weights`: for classes outside its own package transformers passes over
+        modules that hold parameters only in their children, and it lets the backbone draw the
+        fusions inside it.
+        """
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, Fusion | LatentChain | Pooling):
+                module.reset_parameters()
 
     def _nll_of_hidden(
         self,
@@ -348,7 +352,7 @@ class Della(PreTrainedModel, GenerationMixin):
             )
 
 
-def _build_fusion(config: DellaConfig) -> nn.Module:
+def _build_fusion(config: DellaConfig) -> Fusion:
     value_size = BACKBONES[config.backbone.model_type].value_size(config.backbone)
     make = FUSIONS[config.fusion]
     return make(value_size, config.latent_size, config.fusion_rank, config.fusion_residual)

@@ -65,6 +65,7 @@ class BetaSchedule:
         )
 
     def __call__(self, step: int) -> float:
+        """β at a step."""
         elapsed = step - self.delay_steps
         if elapsed < 0:
             return 0.0
@@ -123,6 +124,7 @@ class LearningRateSchedule:
         )
 
     def __call__(self, step: int) -> float:
+        """The learning rate at a step."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         if self.decay == "constant" or self.total_steps is None:

@@ -10,6 +10,8 @@ from della_model.errors import ConfigError, unknown_name
 
 
 class Size(NamedTuple):
+    """Depth, width and heads of a backbone."""
+
     num_layers: int
     hidden_size: int
     num_heads: int

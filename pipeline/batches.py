@@ -146,16 +146,18 @@ class BatchOrder:
         """Sort by length within pools and cut; what is left of one pool goes into the next."""
         pool_of = np.cumsum(self.lengths[documents], dtype=np.int64)
         pool_of //= POOL_BATCHES * self.batch_tokens
-        pools = np.split(documents, np.flatnonzero(np.diff(pool_of)) + 1)
+        *pools, last = np.split(documents, np.flatnonzero(np.diff(pool_of)) + 1)
         batches: list[Documents] = []
         rest = documents[:0]
         for pool in pools:
-            pool = np.concatenate([rest, pool])
-            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
-            cuts = cut_sorted(self.lengths[pool], self.batch_tokens)
-            *full, rest = np.split(pool, cuts)
+            pool = self._sorted(np.concatenate([rest, pool]))
+            *full, rest = np.split(pool, cut_sorted(self.lengths[pool], self.batch_tokens))
             batches += full
-        return [*batches, rest]
+        last = self._sorted(np.concatenate([rest, last]))
+        return [*batches, *np.split(last, cut_evenly(self.lengths[last], self.batch_tokens))]
+
+    def _sorted(self, documents: Documents) -> Documents:
+        return documents[np.argsort(self.lengths[documents], kind="stable")]
 
 
 def cut_sorted(lengths: NDArray[np.int32], batch_tokens: int) -> list[int]:
@@ -173,6 +175,23 @@ def cut_sorted(lengths: NDArray[np.int32], batch_tokens: int) -> list[int]:
         if start >= len(lengths):
             return cuts
         cuts.append(start)
+
+
+def cut_evenly(lengths: NDArray[np.int32], batch_tokens: int) -> list[int]:
+    """Cut as `cut_sorted`, into as few pieces, but without a small one left over at the end.
+
+    A leftover of one document would move the weights as far as a whole batch does.
+    """
+    cuts = cut_sorted(lengths, batch_tokens)
+    low, high = int(lengths[-1]), batch_tokens  # the smallest budget that needs no more pieces
+    while low < high:
+        middle = (low + high) // 2
+        tried = cut_sorted(lengths, middle)
+        if len(tried) > len(cuts):
+            low = middle + 1
+        else:
+            high, cuts = middle, tried
+    return cuts
 
 
 def accumulation_steps(batch_tokens: int, micro_batch_tokens: int, num_workers: int) -> int:

@@ -23,6 +23,7 @@ from pipeline.tokenization import encoder_of, special_ids
 
 if TYPE_CHECKING:
     import torch
+
     from della_model import Della
 
 BATCH_SIZE = 32

@@ -149,14 +149,15 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
     saved again elsewhere keeps its name.
     """
     content = json.loads(backend_of(tokenizer).to_str())
-    model = {key: value for key, value in content["model"].items() if value not in (None, "", False)}
+    # Left out or empty is the same: who builds a tokenizer decides which of the two is written.
+    model = {key: value for key, value in content["model"].items() if value}
     special = special_ids(tokenizer)
     return digest(
         {
             "model": model,
             "normalizer": content["normalizer"],
             "pre_tokenizer": content["pre_tokenizer"],
-            "added_tokens": sorted(([t["id"], t["content"]] for t in content["added_tokens"])),
+            "added_tokens": sorted([t["id"], t["content"]] for t in content["added_tokens"]),
             "bos": special.bos,
             "eos": special.eos,
         }
@@ -249,8 +250,8 @@ def load_hf(path: str) -> Any:
         ) from None
     special = special_ids(loaded)
     backend = backend_of(loaded)
-    names = [backend.id_to_token(i) for i in (special.bos, special.eos, special.pad)]
-    return _wrap(backend, *names)
+    bos, eos, pad = (str(backend.id_to_token(i)) for i in (special.bos, special.eos, special.pad))
+    return _wrap(backend, bos, eos, pad)
 
 
 def _wrap(backend: Tokenizer, bos: str, eos: str, pad: str) -> Any:

@@ -18,8 +18,8 @@ from pipeline.storage import Location, local_copy
 
 if TYPE_CHECKING:
     import torch
-    from della_model import Della, DellaConfig
 
+    from della_model import Della, DellaConfig
     from pipeline.shards import Dataset
 
 BEST = "weights/best"
@@ -115,6 +115,7 @@ def load_model(folder: Location, device: torch.device | str = "cpu") -> Della:
             some of them are NaN or infinite.
     """
     import torch
+
     from della_model import Della
 
     folder = resolve_weights(folder)

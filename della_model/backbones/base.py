@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from os import PathLike
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +28,7 @@ class BackboneAdapter(Protocol):
         """A language model of the family with random weights."""
         ...
 
-    def load(self, folder_or_hub_id: str, **kwargs: Any) -> PreTrainedModel:
+    def load(self, folder_or_hub_id: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:
         """A pretrained language model of the family."""
         ...
 
@@ -40,7 +41,7 @@ class BackboneAdapter(Protocol):
         ...
 
     def install_fusions(
-        self, backbone: PreTrainedModel, fusions: Sequence[tuple[int, nn.Module]]
+        self, backbone: PreTrainedModel, fusions: Sequence[tuple[int, Fusion]]
     ) -> None:
         """Puts each (decoder layer, fusion) in its place; slot l of `latents` feeds the l-th."""
         ...
@@ -54,14 +55,16 @@ class FusedProjection(nn.Module):
     cached values stay fused and no step of generation does the work again.
     """
 
-    def __init__(self, projection: nn.Module, fusion: nn.Module, value_size: int) -> None:
+    def __init__(self, projection: nn.Module, fusion: Fusion, value_size: int) -> None:
         super().__init__()
         self.projection = projection
         self.fusion = fusion
         self.value_size = value_size
         self.latent: Tensor | None = None
 
-    def forward(self, hidden: Float[Tensor, "batch time hidden"]) -> Float[Tensor, "batch time out"]:
+    def forward(
+        self, hidden: Float[Tensor, "batch time hidden"]
+    ) -> Float[Tensor, "batch time out"]:
         """The projection's outputs, the values among them fused."""
         outputs = self.projection(hidden)
         if self.latent is None:
@@ -100,11 +103,6 @@ def _take_out(projection: FusedProjection | None, *hook_arguments: Any) -> None:
         projection.latent = None
 
 
-def fusion_modules(backbone: PreTrainedModel) -> list[Fusion]:
-    """The fusions installed in a backbone."""
-    return [m.fusion for m in backbone.modules() if isinstance(m, FusedProjection)]
-
-
 def encode(
     trunk: PreTrainedModel,
     input_ids: Int[Tensor, "batch time"],
@@ -126,11 +124,9 @@ def encode(
     return [output.hidden_states[layer + 1] for layer in layers]
 
 
-def bidirectional_mask(
-    unpadded: Bool[Tensor, "batch time"], trunk: PreTrainedModel
-) -> Tensor:
+def bidirectional_mask(unpadded: Bool[Tensor, "batch time"], trunk: PreTrainedModel) -> Tensor:
     """[B, 1, T, T]: a mask of four dimensions is used as it is, so nothing makes it causal."""
-    # A document of padding alone (a filler of the batch) sees itself: a softmax over nothing is NaN.
+    # A document of padding alone (a filler) sees itself: a softmax over nothing is NaN.
     visible = unpadded | ~unpadded.any(-1, keepdim=True)
     time = unpadded.shape[-1]
     mask = visible[:, None, None, :].expand(-1, 1, time, time)

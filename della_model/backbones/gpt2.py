@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
-from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from della_model.backbones.base import FusedProjection, route_latent
+from della_model.fusion import Fusion
 
 
 class GPT2Adapter:
@@ -18,7 +19,7 @@ class GPT2Adapter:
         """A GPT-2 with random weights."""
         return GPT2LMHeadModel._from_config(config)
 
-    def load(self, folder_or_hub_id: str, **kwargs: Any) -> PreTrainedModel:
+    def load(self, folder_or_hub_id: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:
         """A pretrained GPT-2."""
         return GPT2LMHeadModel.from_pretrained(folder_or_hub_id, **kwargs)
 
@@ -31,7 +32,7 @@ class GPT2Adapter:
         return config.n_embd
 
     def install_fusions(
-        self, backbone: PreTrainedModel, fusions: Sequence[tuple[int, nn.Module]]
+        self, backbone: PreTrainedModel, fusions: Sequence[tuple[int, Fusion]]
     ) -> None:
         """Wraps `c_attn` where there is a fusion, and routes `latents` in every layer."""
         slots = {layer: (slot, fusion) for slot, (layer, fusion) in enumerate(fusions)}

@@ -21,8 +21,8 @@ from pipeline.storage import Location
 
 if TYPE_CHECKING:
     import torch
-    from della_model import Della
 
+    from della_model import Della
     from pipeline.shards import Split
 
 BLOCK_DOCUMENTS = 128  # what an interruption can cost, and the step of the progress bar
@@ -124,6 +124,7 @@ class BlockEvaluator:
     ) -> dict[str, NDArray[Any]]:
         """Figures of documents that are computed together."""
         import torch
+
         from della_model import iw_nll
 
         model, settings = self._model, self._settings

@@ -142,3 +142,13 @@ def _perplexity(nll: Floats, units: Integers) -> tuple[float | None, float | Non
     residuals = float(np.square(nll - rate * units).sum())
     rate_error = math.sqrt(residuals / (count - 1) / count) / (total / count)
     return perplexity, perplexity * rate_error
+
+
+def shown(value: float | None, error: float | None) -> tuple[str, str]:
+    """A figure and its error as text: as many decimals as two digits of the error have."""
+    if value is None:
+        return "–", "–"
+    if error is None or error <= 0:
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}", "–"
+    decimals = min(max(1 - math.floor(math.log10(error)), 0), 4)
+    return f"{value:,.{decimals}f}", f"{error:,.{decimals}f}"

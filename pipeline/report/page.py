@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,8 @@ from pipeline.artifact import Artifact, versions
 from pipeline.errors import UserError
 from pipeline.evaluation.figures import LABELS, collapse
 from pipeline.storage import Location
+from pipeline.training.metrics import FILE_NAME, read_rows
+from pipeline.weights import fingerprint_weights
 
 MAX_POINTS = 240  # of one curve: more than a screen's width of a panel would only add bytes
 
@@ -26,12 +27,14 @@ def build_page(title: str, run: Artifact, figures: Artifact | None) -> dict[str,
         figures: an evaluate stage's artifact, or None when the run was not evaluated.
 
     Raises:
-        UserError: if an artifact is of another stage, or `metrics.jsonl` is damaged.
+        UserError: if an artifact is of another stage, the evaluation is not one of this run's
+            weights, or `metrics.jsonl` is damaged.
     """
-    _require_stage(run, "train", "run")
+    _require_stage(run, "train", "training")
     if figures is not None:
         _require_stage(figures, "evaluate", "figures")
-    rows = read_metrics(run.folder / "metrics.jsonl")
+        _require_same_weights(run, figures)
+    rows = read_metrics(run.folder)
     measured = figures.figures if figures is not None else {}
     return {
         "title": title,
@@ -73,35 +76,19 @@ _CURVES = (
 )
 
 
-def read_metrics(file: Location) -> list[Row]:
-    """Read the rows of `metrics.jsonl`, a JSON object a line; none when the file is not there.
-
-    A last line without its end is left out: a killed run may leave one. Where a resumed run has
-    logged a step again, the later row stands.
+def read_metrics(folder: Location) -> list[Row]:
+    """Rows of a run's `metrics.jsonl`; none when the file is not there.
 
     Raises:
-        UserError: if another line is no JSON object.
+        UserError: if a line is damaged.
     """
-    if not file.is_file():
-        return []
-    lines = file.read_bytes().decode("utf-8", errors="replace").split("\n")
-    rows: dict[tuple[Any, Any], Row] = {}
-    for number, line in enumerate(lines[:-1], start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or "step" not in row:
-            raise UserError(
-                f"{file}, line {number}, should hold a JSON object with a step but does not: the "
-                "file was damaged or edited; restore it, or delete the line."
-            )
-        key = (row.get("kind"), row["step"])
-        rows.pop(key, None)
-        rows[key] = row
-    return sorted(rows.values(), key=lambda row: row["step"])
+    try:
+        return read_rows(folder)
+    except ValueError as error:
+        raise UserError(
+            f"{folder / FILE_NAME} should hold a JSON object a line but does not ({error}): it was "
+            "damaged or edited; restore it, or delete the damaged lines."
+        ) from None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -121,6 +108,22 @@ def _require_stage(artifact: Artifact, stage: str, key: str) -> None:
             f"{key}={artifact.folder} is the artifact of a {artifact.stage} stage: expected one of "
             f"the {stage} stage, whose content the page shows; give the folder that it printed."
         )
+
+
+def _require_same_weights(run: Artifact, figures: Artifact) -> None:
+    """Figures of another run beside these curves would be believed."""
+    evaluated = figures.inputs.get("weights")
+    if evaluated == run.fingerprint:
+        return
+    for name in ("best", "last"):
+        folder = run.folder / "weights" / name
+        if (folder / "config.json").is_file() and fingerprint_weights(folder) == evaluated:
+            return
+    raise UserError(
+        f"figures={figures.folder} is an evaluation of other weights than those of "
+        f"training={run.folder}: its figures would stand beside curves that are not theirs; "
+        "evaluate this run's weights, and give the folder that it prints."
+    )
 
 
 def _record(artifact: Artifact) -> dict[str, Any]:
@@ -229,6 +232,9 @@ def _throughput(rows: list[Row], run: Artifact) -> dict[str, Any]:
     train = [row for row in rows if row.get("kind") == "train"]
     rates = [row["tokens_per_s"] for row in train[1:] or train if row.get("tokens_per_s")]
     found: dict[str, Any] = {"took_s": run.took_s, "steps": train[-1]["step"] if train else None}
+    waits = [row["data_wait_s"] / row["step_s"] for row in train[1:] if row.get("step_s")]
+    if waits:
+        found["share_waiting_for_data"] = statistics.fmean(waits)
     if rates:
         found |= {
             "median_tokens_per_s": statistics.median(rates),
@@ -242,14 +248,21 @@ def _scalars(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _data(run: Artifact) -> dict[str, Any]:
-    """The data set's manifest in short, when its folder can still be reached."""
+    """The data set's manifest in short; without it, when its folder cannot be reached any more."""
+    found: dict[str, Any] = {"fingerprint": run.inputs.get("dataset"), "splits": {}}
     where = run.input_folders.get("dataset")
-    found: dict[str, Any] = {"fingerprint": run.inputs.get("dataset")}
     file = Location.parse(where) / "manifest.json" if where else None
     if file is None or not file.is_file():
-        return found | {"manifest": None}
+        return found
     manifest = file.read_json()
-    kept = {
-        key: value for key, value in flatten(manifest).items() if not isinstance(value, list | dict)
+    counts = ("documents", "tokens", "words", "max_length")
+    return found | {
+        "splits": {
+            name: {count: split.get(count) for count in counts}
+            for name, split in manifest.get("splits", {}).items()
+        },
+        "tokenizer": _scalars(manifest.get("tokenizer", {})),
+        "rejected": manifest.get("rejected", {}),
+        "blank_lines": manifest.get("blank"),
+        "input_files": len(manifest.get("inputs", [])),
     }
-    return found | {"manifest": kept}

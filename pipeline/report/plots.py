@@ -97,9 +97,7 @@ def line_panel(
         for line in lines:
             x, y = zip(*line.points, strict=True)
             marker = {"marker": "o", "markersize": 3} if line.marked or len(x) == 1 else {}
-            axes.plot(
-                x, y, color=line.color, linewidth=line.width, label=line.label, **marker
-            )
+            axes.plot(x, y, color=line.color, linewidth=line.width, label=line.label, **marker)
         axes.margins(x=0.02, y=0.08)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -112,7 +110,7 @@ def line_panel(
 
 def bar_panel(
     name: str,
-    groups: Sequence[tuple[str, Sequence[float], str]],
+    groups: Sequence[tuple[str, Sequence[float], str | Sequence[str]]],
     unit: str,
     errors: Sequence[float | None] | None = None,
     ceiling: float | None = None,

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,22 +28,9 @@ from pipeline.batches import (
     padded,
     split,
 )
+from pipeline.shards import Split
 
 PREFETCH_STEPS = 4
-
-
-class Split(Protocol):
-    """What is used of a split of `pipeline.shards.Dataset`."""
-
-    @property
-    def row_groups(self) -> Sequence[Any]:
-        """(part, row group, first document, rows) of each row group."""
-
-    def lengths(self) -> NDArray[np.int32]:
-        """Tokens of each document."""
-
-    def read_row_group(self, index: int) -> Sequence[NDArray[np.int32]]:
-        """Token ids of the documents of a row group."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +60,11 @@ class StepBatch:
     next_position: Position
     micro_batches: tuple[MicroBatch, ...]
     num_documents: int  # of the global batch
+    num_tokens: int  # that the global batch predicts: all but padding and BOS
 
 
 class TrainLoader:
-    """Iterates over steps from a position on, without end; `close` when done.
+    """Steps from a position on, without end; `close` when done.
 
     `waited_s` is the time in seconds that the consumer has waited for data so far.
 
@@ -96,14 +83,14 @@ class TrainLoader:
         self._thread = threading.Thread(target=self._fill, daemon=True, name="train-loader")
         self._thread.start()
 
-    def __iter__(self) -> Iterator[StepBatch]:
-        while True:
-            started = time.perf_counter()
-            item = self._queue.get()
-            self.waited_s += time.perf_counter() - started
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+    def next(self) -> StepBatch:
+        """The next step's share."""
+        started = time.perf_counter()
+        item = self._queue.get()
+        self.waited_s += time.perf_counter() - started
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
     def close(self) -> None:
         """Stop reading."""
@@ -157,6 +144,7 @@ class TrainLoader:
                     for part in parts
                 ),
                 len(documents),
+                int(self._order.lengths[documents].sum()) - len(documents),
             )
 
     def _micro_batch(
@@ -172,9 +160,7 @@ def make_micro_batch(
     documents: Documents, epoch: int, tokens_of: TokensOf, weight: float, padding: Padding
 ) -> MicroBatch:
     """Pad documents, with the noise that belongs to them in this epoch."""
-    noise = document_noise(
-        padding.seed, epoch, documents, padding.num_layers, padding.latent_size
-    )
+    noise = document_noise(padding.seed, epoch, documents, padding.num_layers, padding.latent_size)
     return padded([tokens_of(int(d)) for d in documents], noise, weight, padding.pad_id)
 
 

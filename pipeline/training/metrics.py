@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.storage import Location
 
 FILE_NAME = "metrics.jsonl"
+SUMMARY = "summary.json"  # what a finished run has to tell
 TENSORBOARD = "tensorboard"
 _NOT_CURVES = ("kind", "step", "epoch", "kl_per_layer")
 

@@ -1,0 +1,111 @@
+"""The page's content as HTML with plots, and as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from pipeline.evaluation.figures import shown
+from pipeline.progress import duration
+from pipeline.report.plots import VALID, bar_panel, curve_panel, layer_color, layers_panel
+
+_FOLDER = Path(__file__).parent
+_NATS = "nats a document"
+# key of a curve -> title and unit
+_PANELS = {
+    "loss": ("Loss", f"{_NATS}, with β and free bits"),
+    "negative_elbo": ("−ELBO", _NATS),
+    "reconstruction_nll": ("Reconstruction NLL", _NATS),
+    "kl": ("KL", f"{_NATS}, summed over layers"),
+    "beta": ("β", "weight of the KL in the loss"),
+    "learning_rate": ("Learning rate", ""),
+    "tokens_per_s": ("Throughput", "tokens/s"),
+    "grad_norm": ("Gradient norm", "before clipping"),
+}
+_ACTIVE_COLORS = {"0.01": VALID, "0.2": layer_color(2, 4)}
+
+
+def as_html(page: dict[str, Any]) -> str:
+    """The page as one HTML file that refers to nothing outside of it."""
+    return _template("template.html.jinja", autoescape=True).render(
+        page=page, training_panels=list(_training_panels(page)), latent_panels=list(_latents(page))
+    )
+
+
+def as_markdown(page: dict[str, Any]) -> str:
+    """The page as Markdown, without plots."""
+    text = _template("template.md.jinja", autoescape=False).render(page=page)
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _template(name: str, autoescape: bool) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"plain": plain, "md": escaped_markdown, "duration": duration}
+    environment.globals["shown"] = shown
+    return environment.get_template(name)
+
+
+def plain(value: Any) -> str:
+    """A setting or a count, as a person reads it."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(item) for item in value)
+    return str(value)
+
+
+def escaped_markdown(value: Any) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    text = re.sub(r"([\\`*_{}\[\]<>()#+\-.!|~&])", r"\\\1", plain(value))
+    return re.sub(r"\s+", " ", text)
+
+
+def _training_panels(page: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for key, (title, unit) in _PANELS.items():
+        curve = page["curves"].get(key)
+        if curve:
+            # Markup: our own plot of numbers; no text of the run is in it.
+            yield {"title": title, "svg": Markup(curve_panel(title, curve, unit)), "wide": False}
+
+
+def _latents(page: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    curves, layers = page["kl_per_layer_over_time"], page["kl_per_layer"]
+    if curves:
+        svg = layers_panel("KL of each layer over time", curves, _NATS)
+        yield _panel("KL of each layer over time", svg, len(curves) > 8)
+    if layers:
+        colors = [layer_color(layer["layer"], len(layers)) for layer in layers]
+        values = [layer["value"] for layer in layers]
+        errors = [layer["error"] for layer in layers]
+        svg = bar_panel("KL of each layer", [("KL", values, colors)], _NATS, errors)
+        yield _panel("KL of each layer, evaluated", svg, len(layers) > 16)
+    if page["active_units"]:
+        groups = [
+            (f"variance above {bound}", counts, _ACTIVE_COLORS.get(bound, VALID))
+            for bound, counts in page["active_units"].items()
+        ]
+        size = page["latent_size"]
+        svg = bar_panel("Active units of each layer", groups, f"of {size} dimensions", None, size)
+        yield _panel("Active units of each layer", svg, len(layers) > 16)
+
+
+def _panel(title: str, svg: str, wide: bool) -> dict[str, Any]:
+    return {"title": title, "svg": Markup(svg), "wide": wide}

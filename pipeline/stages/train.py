@@ -1,0 +1,214 @@
+"""The train stage: Ray Train workers, each with a DeepSpeed engine over its share of the data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.artifact import digest
+from pipeline.cluster import connected, require_cpus, require_shared_storage, wants_gpu
+from pipeline.errors import UserError, user_error_within
+from pipeline.progress import Progress, ProgressMailbox, duration, followed
+from pipeline.shards import Dataset
+from pipeline.specs import TrainSpec
+from pipeline.storage import Location
+from pipeline.training.deepspeed_config import check_extra
+from pipeline.training.metrics import SUMMARY, read_rows
+from pipeline.training.model import Vocabulary, beta_schedule, della_config
+
+RUN_NAME = "checkpoints"
+
+
+def external_inputs(spec: TrainSpec) -> dict[str, str]:
+    """The fingerprint of a pretrained backbone: of its files, or its hub id."""
+    name = spec.model.backbone
+    if name is None:
+        return {}
+    folder = Location.parse(name)
+    if folder.is_local and not folder.exists():
+        return {"backbone": digest({"hub_id": name})}
+    files = [file for file in folder.children() if file.is_file() and _is_content(file.name)]
+    return {"backbone": digest({file.name: _sha256(file) for file in files})}
+
+
+def _is_content(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".json", ".txt"))
+
+
+def _sha256(file: Location) -> str:
+    found = hashlib.sha256()
+    with file.filesystem.open_input_stream(file.path, compression=None) as stream:
+        while chunk := stream.read(1 << 22):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def run_train(spec: TrainSpec, inputs: dict[str, Location], output: Location) -> dict[str, Any]:
+    """Train; the same call again goes on from the last checkpoint in `output`.
+
+    Leaves `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `weights/last` and `weights/best` (the
+    validation with the lowest negative ELBO; without a validation split, the last).
+
+    Returns:
+        Steps, epochs, documents and tokens seen, parameters, workers, tokens/s, and the last and
+        best validation's figures.
+
+    Raises:
+        UserError: if spec, dataset and cluster do not fit each other, or training diverges.
+    """
+    console = Console()
+    dataset = inputs["dataset"]
+    with connected(spec.cluster):
+        require_shared_storage(output)
+        train = spec.train
+        require_cpus(train.num_workers, train.cpus_per_worker, 0, "train.num_workers")
+        check_inputs(spec, dataset)
+        if "valid" not in Dataset.open(dataset).split_names:
+            console.print(
+                "the dataset has no split 'valid': training goes without validation, and "
+                "weights/best will be the last weights.",
+                highlight=False,
+            )
+        mailbox = ProgressMailbox.create()
+        trainer = build_trainer(spec, dataset, output, mailbox)
+        with followed(mailbox, Progress("train", _total_steps(spec, dataset), "steps", console)):
+            _fit(trainer)
+    figures = _figures(output)
+    _print_table(console, figures)
+    return figures
+
+
+def check_inputs(spec: TrainSpec, dataset_folder: Location) -> None:
+    """Check, without starting anything, that model, dataset and DeepSpeed's settings fit.
+
+    Raises:
+        UserError: naming the first thing that does not.
+    """
+    from della_model import ConfigError
+    from pipeline.training.setup import batch_order
+
+    check_extra(spec.deepspeed)
+    dataset = Dataset.open(dataset_folder)
+    splits = [dataset.split("train")]
+    splits += [dataset.split("valid")] if "valid" in dataset.split_names else []
+    config = della_config(spec, Vocabulary.of(dataset))
+    try:
+        beta_schedule(spec)
+    except ConfigError as error:
+        raise UserError(f"train.{error}") from None
+    context = config.backbone.max_position_embeddings
+    for split in splits:
+        if split.max_length > context:
+            remedy = (
+                f"set model.context={split.max_length}"
+                if spec.model.backbone is None
+                else "use a backbone with a longer context"
+            )
+            raise UserError(
+                f"the longest document of the split '{split.name}' has {split.max_length:,} "
+                f"tokens, but the model's context is {context:,}: it cannot be read whole; "
+                f"{remedy}, or preprocess with corpus.max_tokens={context}."
+            )
+    batch_order(spec, splits[0])
+
+
+def build_trainer(
+    spec: TrainSpec,
+    dataset: Location,
+    output: Location,
+    mailbox: ProgressMailbox | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Any:
+    """Make the `ray.train.torch.TorchTrainer` of a run, whose `fit` trains; Ray must be connected.
+
+    Args:
+        spec: the run.
+        dataset: the dataset's folder.
+        output: where the run keeps its state; the same folder again goes on from there.
+        mailbox: where the workers send their progress.
+        callbacks: `ray.train.UserCallback`s; their `after_report` sees the validations alone, each
+            with `valid_negative_elbo`, `valid_kl`, `step` and so on.
+
+    Raises:
+        UserError: if GPUs are asked for that the cluster does not have.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipeline.training.callbacks import OnValidation, StopOnUserError
+    from pipeline.training.worker import WorkerConfig, train_loop_per_worker
+
+    train = spec.train
+    use_gpu = wants_gpu(train.use_gpu, train.num_workers, "train.num_workers")
+    return TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={"worker": WorkerConfig(spec, dataset, output, use_gpu, mailbox)},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": train.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=RUN_NAME,
+            storage_path=output.path,
+            storage_filesystem=None if output.is_local else output.filesystem,
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
+            callbacks=[StopOnUserError(), *(OnValidation(callback) for callback in callbacks)],
+        ),
+    )
+
+
+def _fit(trainer: Any) -> None:
+    try:
+        trainer.fit()
+    except Exception as error:
+        reason = user_error_within(error)
+        if reason is not None:
+            raise reason from None
+        raise
+
+
+def _total_steps(spec: TrainSpec, dataset: Location) -> int:
+    from pipeline.training.model import count_steps
+    from pipeline.training.setup import batch_order
+
+    return count_steps(spec, batch_order(spec, Dataset.open(dataset).split("train")))
+
+
+def _figures(output: Location) -> dict[str, Any]:
+    """What the workers left in `summary.json`, and the steady speed from the rows."""
+    figures: dict[str, Any] = (output / SUMMARY).read_json()
+    rates = [row["tokens_per_s"] for row in read_rows(output) if row["kind"] == "train"]
+    steady = sorted(rates[1:] or rates)  # the first row holds the warm-up
+    return figures | {"tokens_per_s": steady[len(steady) // 2] if steady else None}
+
+
+def _print_table(console: Console, figures: dict[str, Any]) -> None:
+    table = Table("training", "", title=None)
+    table.add_row("steps, epochs", f"{figures['steps']:,}, {figures['epochs']:,}")
+    table.add_row("documents seen", f"{figures['documents_seen']:,}")
+    table.add_row("tokens seen", f"{figures['tokens_seen']:,}")
+    table.add_row(
+        "parameters",
+        f"{figures['num_parameters']:,}, of these for the latents "
+        f"{figures['num_latent_parameters']:,}",
+    )
+    table.add_row("workers", str(figures["num_workers"]))
+    if figures["tokens_per_s"] is not None:
+        table.add_row("tokens/s", f"{figures['tokens_per_s']:,.0f}")
+    table.add_row("time", duration(figures["time_s"]))
+    for name in ("last", "best"):
+        row = figures[name]
+        if row is not None:
+            table.add_row(
+                f"{name} validation (step {row['step']})",
+                f"−ELBO {row['negative_elbo']:.3f}, reconstruction {row['reconstruction_nll']:.3f}"
+                f", KL {row['kl']:.3f}, perplexity ≤ {row['ppl_token']:.2f}",
+            )
+    console.print(table)

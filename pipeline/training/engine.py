@@ -1,0 +1,118 @@
+"""DeepSpeed's engine around the objective. Imported in workers only: it imports DeepSpeed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from della_model import Della, Objective
+from pipeline.specs import TrainSpec
+from pipeline.training.deepspeed_config import deepspeed_config
+
+
+def prepare_process(cpus: int, use_gpu: bool) -> torch.device:
+    """Set this process up for one worker; return the device that it computes on.
+
+    Call it before anything imports DeepSpeed, which picks its accelerator at import.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not use_gpu:
+        torch.set_num_threads(cpus)
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def start_engine(spec: TrainSpec, model: Della, num_workers: int, accumulation: int) -> Any:
+    """Shard the model and its optimizer as the spec says; return a DeepSpeed engine.
+
+    The model is built whole in main memory first, also for ZeRO stage 3: DeepSpeed then moves and
+    shards it parameter by parameter, so a GPU never holds it whole. Building it under
+    `deepspeed.zero.Init` would shard each module as soon as it is made, before the model's own
+    initialisation, which reaches over several modules, has drawn their weights.
+
+    `torch.distributed` must be up. Nothing is compiled: gloo carries the collectives on CPU in
+    place of DeepSpeed's shared-memory ones, and torch's AdamW the update.
+    """
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Present before its first use, this keeps DeepSpeed from probing for compilers.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {"deepspeed_shm_comm": False})
+    objective = Objective(model, spec.train.free_bits)
+    engine, *_ = deepspeed.initialize(
+        model=objective,
+        optimizer=torch.optim.AdamW(
+            parameter_groups(model, spec.train.weight_decay),
+            lr=spec.train.learning_rate,
+            betas=(spec.train.adam_beta1, spec.train.adam_beta2),
+        ),
+        config=deepspeed_config(spec, num_workers, accumulation),
+        dist_init_required=False,
+    )
+    keep_grad_norm(engine)
+    return engine
+
+
+def keep_grad_norm(engine: Any) -> None:
+    """Make stage 0 in float32 keep the gradient's norm as the other stages do.
+
+    DeepSpeed's own `clip_fp32_gradients` clips in the same way, but throws the norm away.
+    """
+
+    def clip() -> None:
+        norm = nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+        engine._global_grad_norm = norm
+
+    engine.clip_fp32_gradients = clip
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices; none for biases, norms and other vectors."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Set the learning rate of the next update."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def grad_norm(engine: Any) -> float:
+    """Norm of the last update's gradient over all workers, before clipping."""
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else float(norm)
+
+
+def full_state_dict(engine: Any, on_this_rank: bool) -> dict[str, torch.Tensor]:
+    """The model's weights in float32 on the CPU, from whatever ZeRO stage; {} on other ranks.
+
+    A collective call: every rank must make it. Ranks other than the one that keeps the weights
+    hold one parameter at a time.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    model: Della = engine.module.model
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        # bfloat16 weights have a float32 master, which the next update starts from.
+        full = safe_get_full_fp32_param(parameter)
+        if on_this_rank:
+            state[name] = (parameter.detach() if full is None else full).float().cpu().clone()
+    if on_this_rank:
+        state |= {name: buffer.cpu().clone() for name, buffer in persistent_buffers(model)}
+    return state
+
+
+def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Buffers that belong to the state dict."""
+    kept = set(model.state_dict(keep_vars=True))
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]

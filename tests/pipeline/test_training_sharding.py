@@ -1,0 +1,193 @@
+"""DeepSpeed's engine on real gloo workers against one plain process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+from torch import multiprocessing
+from train_data import small_dataset, train_spec
+
+from della_model import Objective
+from pipeline.batches import Position
+from pipeline.shards import Dataset
+from pipeline.specs import TrainSpec
+from pipeline.storage import Location
+from pipeline.training.loader import Padding, Share, TrainLoader
+from pipeline.training.model import Vocabulary, beta_schedule, build_model, learning_rate_schedule
+from pipeline.training.setup import batch_order
+
+pytestmark = pytest.mark.slow
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return small_dataset(tmp_path_factory.mktemp("data"))
+
+
+def spec_of(**values: Any) -> TrainSpec:
+    return train_spec(model__dropout=0.0, train__max_grad_norm=0.5, train__free_bits=0.02, **values)
+
+
+def start_processes(work: Any, num_workers: int, *arguments: Any) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(
+        partial(_in_group, work, num_workers, port, arguments), nprocs=num_workers, join=True
+    )
+
+
+def _in_group(
+    work: Any, num_workers: int, port: int, arguments: tuple[Any, ...], rank: int
+) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_workers),
+    }
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=num_workers)
+    work(rank, num_workers, *arguments)
+    torch.distributed.destroy_process_group()
+
+
+def sharded_training(
+    rank: int, num_workers: int, spec: TrainSpec, folder: Location, result: Path
+) -> None:
+    """Gradients of the first step, loss and norm of each step, weights after the last."""
+    from pipeline.training.engine import full_state_dict, grad_norm
+    from pipeline.training.meter import Meter
+    from pipeline.training.setup import start_run
+    from pipeline.training.worker import train_step
+
+    run = start_run(spec, folder, rank, num_workers, use_gpu=False)
+    loader = run.loader(Position())
+    found: dict[str, Any] = {"loss": [], "norm": []}
+    observe_gradients(run.engine, found)
+    meter = Meter(run.num_layers, run.device)
+    for step in range(STEPS):
+        train_step(run, step, loader.next(), meter)
+        found["loss"].append(meter.reduced()["loss"])
+        found["norm"].append(grad_norm(run.engine))
+    loader.close()
+    found["weights"] = full_state_dict(run.engine, rank == 0)
+    if rank == 0:
+        torch.save(found, result)
+
+
+def observe_gradients(engine: Any, found: dict[str, Any]) -> None:
+    """Keep the reduced gradients that the first update is made from."""
+    from deepspeed.utils import safe_get_full_grad
+
+    original = engine.step
+
+    def step() -> None:
+        if "gradients" not in found and engine.is_gradient_accumulation_boundary():
+            found["gradients"] = {
+                name: safe_get_full_grad(parameter).float().clone()
+                for name, parameter in engine.module.model.named_parameters()
+            }
+        original()
+
+    engine.step = step
+
+
+def plain_training(spec: TrainSpec, dataset: Dataset) -> dict[str, Any]:
+    """The same steps without DeepSpeed, workers or accumulation."""
+    split, vocabulary = dataset.split("train"), Vocabulary.of(dataset)
+    model = build_model(spec, vocabulary)
+    objective = Objective(model, spec.train.free_bits)
+    order = batch_order(spec, split)
+    padding = Padding(vocabulary.pad_id, model.config.num_latent_layers, 5, spec.train.seed)
+    loader = TrainLoader(split, order, Position(), Share(0, 1, 1), padding)
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+    )
+    beta, rate = beta_schedule(spec), learning_rate_schedule(spec, 6)
+    found: dict[str, Any] = {"loss": [], "norm": []}
+    for step in range(STEPS):
+        batch = loader.next().micro_batches[0]
+        loss, _ = objective(
+            batch.input_ids, batch.attention_mask, batch.noise, batch.document_weight, beta(step)
+        )
+        loss.backward()
+        if step == 0:
+            found["gradients"] = {n: p.grad.clone() for n, p in model.named_parameters()}
+        found["norm"].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        found["loss"].append(loss.item())
+    loader.close()
+    found["weights"] = {n: p.detach() for n, p in model.named_parameters()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(dataset: Dataset) -> dict[str, Any]:
+    return plain_training(spec_of(), dataset)
+
+
+@pytest.mark.parametrize(
+    ("stage", "num_workers", "micro_batch_tokens"),
+    [
+        (0, 2, 512),
+        (1, 2, 512),
+        (2, 2, 512),
+        (3, 2, 512),
+        (0, 2, 100),  # 3 micro-batches on each worker
+        (1, 1, 130),  # 4 on one
+        (2, 2, 100),
+        (3, 2, 100),
+        (2, 2, 5),  # more parts than documents: fillers
+    ],
+)
+def test_steps_any_sharding_equal_a_plain_process(
+    plain: dict[str, Any],
+    dataset: Dataset,
+    tmp_path: Path,
+    stage: int,
+    num_workers: int,
+    micro_batch_tokens: int,
+) -> None:
+    spec = spec_of(deepspeed__zero_stage=stage, train__micro_batch_tokens=micro_batch_tokens)
+    result = tmp_path / "result.pt"
+    start_processes(sharded_training, num_workers, spec, dataset.folder, result)
+    found = torch.load(result)
+    assert found["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert found["norm"] == pytest.approx(plain["norm"], rel=1e-4)
+    assert found["gradients"].keys() == plain["gradients"].keys()
+    for name, expected in plain["gradients"].items():
+        scale = max(float(expected.abs().max()), 1e-3)
+        assert float((found["gradients"][name] - expected).abs().max()) < 1e-4 * scale, name
+    for name, expected in plain["weights"].items():
+        torch.testing.assert_close(found["weights"][name], expected, rtol=0, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_any_stage_stays_finite_and_near_float32(
+    plain: dict[str, Any], dataset: Dataset, tmp_path: Path, stage: int
+) -> None:
+    spec = spec_of(
+        deepspeed__zero_stage=stage, train__precision="bf16", train__micro_batch_tokens=130
+    )
+    result = tmp_path / "result.pt"
+    start_processes(sharded_training, 2, spec, dataset.folder, result)
+    found = torch.load(result)
+    assert found["loss"] == pytest.approx(plain["loss"], rel=0.02)
+    for name, weight in found["weights"].items():
+        assert weight.dtype == torch.float32, name
+        assert torch.isfinite(weight).all(), name
