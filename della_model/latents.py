@@ -12,8 +12,8 @@ from transformers import initialization as init
 from della_model.gaussian import DiagonalGaussian
 from della_model.shapes import Float
 
-# Standard deviation of a posterior's loc when training starts, in units of the prior's scale:
-# a KL of about 0.02 nats a dimension, enough signal to learn from and little to pay for.
+# Standard deviation of a posterior's loc when training starts, in units of the prior's scale, for
+# features of unit variance: a KL of 0.02 nats a dimension, a signal to learn from at little cost.
 _INITIAL_LOC_STD = 0.2
 
 

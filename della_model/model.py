@@ -28,6 +28,9 @@ from della_model.outputs import DellaOutput, ElboTerms
 from della_model.pooling import Pooling
 from della_model.shapes import Bool, Float, Int
 
+# Options of `from_pretrained` that say which files are meant: the configuration's too.
+_SOURCE_OPTIONS = {"revision", "subfolder", "cache_dir", "token", "local_files_only"}
+
 
 class Della(PreTrainedModel, GenerationMixin):
     """Encoder and decoder are one backbone, run twice.
@@ -82,7 +85,8 @@ class Della(PreTrainedModel, GenerationMixin):
         """
         fields = set(DellaConfig.__annotations__) - {"backbone"}
         della_options = {name: options.pop(name) for name in fields & set(options)}
-        backbone_config = AutoConfig.from_pretrained(folder_or_hub_id)
+        where = {name: options[name] for name in _SOURCE_OPTIONS & set(options)}
+        backbone_config = AutoConfig.from_pretrained(folder_or_hub_id, **where)
         check_supported(backbone_config.model_type)
         # Before the weights are read, so that a wrong option costs no wait.
         DellaConfig(backbone=backbone_config, **della_options)
@@ -236,6 +240,7 @@ class Della(PreTrainedModel, GenerationMixin):
         if inputs is None:
             inputs = self._beginnings(len(latents))
         self._check_latents("latents", latents, len(inputs))
+        self._check_room(inputs, kwargs.get("max_new_tokens"))
         # Given always: where padding and BOS are one id, transformers would take BOS for padding.
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = torch.ones_like(inputs)
@@ -334,6 +339,16 @@ class Della(PreTrainedModel, GenerationMixin):
             raise InputError(
                 f"input_ids: expected at most {longest} positions, got {input_ids.shape[1]}: the "
                 "backbone has no more; cut or drop longer documents in preprocessing."
+            )
+
+    def _check_room(self, inputs: Tensor, max_new_tokens: int | None) -> None:
+        longest = self.config.backbone.max_position_embeddings
+        # The last new token is never read again, so it needs no position.
+        room = longest - inputs.shape[1] + 1
+        if max_new_tokens is not None and max_new_tokens > room:
+            raise InputError(
+                f"max_new_tokens: expected at most {room}, got {max_new_tokens}: the backbone has "
+                f"{longest} positions and the inputs take {inputs.shape[1]}; lower it."
             )
 
     def _check_latents(self, name: str, given: Tensor, batch: int) -> None:

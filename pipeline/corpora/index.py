@@ -149,7 +149,8 @@ def _byte_ranges(file: FoundFile, unit_bytes: int) -> _FileIndex:
     for chunk in chunks_of(file.location):
         found.update(chunk)
         cursor = 0
-        while (wanted := start + target - 1 - position) < len(chunk):
+        # Where the next multiple of `target` lies: what one long line adds is not carried on.
+        while (wanted := (start // target + 1) * target - 1 - position) < len(chunk):
             newline = chunk.find(b"\n", max(wanted, cursor))
             if newline < 0:
                 break

@@ -96,7 +96,7 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<!\w)\*([^*\s][^*]*)\*(?!\w)", r"\1", text)
     text = re.sub(r"(?<!\w)_([^_\s]+)_(?!\w)", r"\1", text)
     text = re.sub(r"\[\d+\]", "", text).replace("::", ":").replace('""', '"')
-    return re.sub(r"\s+", " ", text).strip()
+    return re.sub(r"\s+([.,;:!?](?:\s|$))", r"\1", re.sub(r"\s+", " ", text)).strip()
 
 
 def _split(paragraph: str) -> Iterator[str]:

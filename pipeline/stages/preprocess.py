@@ -101,7 +101,7 @@ def run_preprocess(
     with connected(spec.cluster):
         require_shared_storage(output)
         index = _within_reach(spec.corpus, index, output)
-        recipe, about_tokenizer = _recipe(spec, index, output, console)
+        recipe, about_tokenizer = recipe_of(spec, index, output, console)
         records, rates = _write_shards(spec, index, recipe, console)
     manifest = commit(index, recipe, about_tokenizer, records)
     print_table(console, manifest)
@@ -132,9 +132,14 @@ def _within_reach(corpus: CorpusSpec, index: CorpusIndex, output: Location) -> C
     return relocated(index, target)
 
 
-def _recipe(
+def recipe_of(
     spec: PreprocessSpec, index: CorpusIndex, output: Location, console: Console
 ) -> tuple[Recipe, dict[str, Any]]:
+    """Settle what turns units into shards, and what the manifest says of the tokenizer.
+
+    Raises:
+        UserError: if the tokenizer cannot be loaded, or there is nothing to train it on.
+    """
     corpus = spec.corpus
     limits = Limits(corpus.text_field, corpus.max_document_bytes)
     shares = HashSplit(corpus.valid_fraction, corpus.test_fraction) if index.by_hash else None

@@ -102,6 +102,14 @@ def test_generation_where_one_id_is_bos_eos_and_padding_is_right(make_model, bac
     assert torch.equal(generated[:, 1], first)
 
 
+def test_generation_fills_the_context_and_no_more(make_model):
+    model = make_model()
+    full = model.generate(max_new_tokens=29, do_sample=True, eos_token_id=[])
+    assert full.shape == (1, 30)
+    with pytest.raises(InputError, match="max_new_tokens: expected at most 29, got 30"):
+        model.generate(max_new_tokens=30)
+
+
 def test_generation_without_a_beginning_says_so(make_model, backbone_config):
     model = make_model(backbone_config(bos_token_id=None))
     with pytest.raises(InputError, match="bos_token_id"):
