@@ -178,7 +178,7 @@ class PlainLoop:
             lr=spec.train.learning_rate,
             betas=(spec.train.adam_beta1, spec.train.adam_beta2),
         )
-        self._beta = beta_schedule(spec)
+        self._beta = beta_schedule(spec, spec.train.max_steps or 1)
         self._rate = learning_rate_schedule(spec, spec.train.max_steps or 1)
 
     def step(self, step: int, batch: Any) -> None:

@@ -27,8 +27,8 @@ class BetaSchedule:
     - constant: `value` after `delay_steps` at 0.
     - linear: `delay_steps` at 0, then a ramp of `warmup_steps` up to `value`. A delay is an
       autoencoder start: the decoder learns to use the latents before they cost anything.
-    - cyclical: `delay_steps` at 0, then periods of `period_steps`; within each, a ramp over its
-      first `ramp_fraction`, then `value` to its end. After `num_cycles` periods (0: no end) it
+    - cyclical: `delay_steps` at 0, then periods of `period_steps`; within each, its first
+      `low_fraction` at 0, a ramp over the next `ramp_fraction`, then `value` to its end. After `num_cycles` periods (0: no end) it
       stays at `value`.
     """
 
@@ -37,6 +37,7 @@ class BetaSchedule:
     delay_steps: int = 0
     warmup_steps: int = 0
     period_steps: int = 0
+    low_fraction: float = 0.0
     ramp_fraction: float = 0.5
     num_cycles: int = 0
 
@@ -58,11 +59,12 @@ class BetaSchedule:
             f"beta_schedule.period_steps: expected ≥ 1 for kind 'cyclical', got "
             f"{self.period_steps}: a cycle needs a length; set period_steps.",
         )
-        _require(
-            0 <= self.ramp_fraction <= 1,
-            f"beta_schedule.ramp_fraction: expected a number in [0, 1], got {self.ramp_fraction}: "
-            "it is the share of a period in which β rises.",
-        )
+        for name in ("low_fraction", "ramp_fraction"):
+            _require(
+                0 <= getattr(self, name) <= 1,
+                f"beta_schedule.{name}: expected a number in [0, 1], got {getattr(self, name)}: "
+                "it is a share of a period.",
+            )
 
     def __call__(self, step: int) -> float:
         """β at a step."""
@@ -72,8 +74,9 @@ class BetaSchedule:
         if self.kind == "linear":
             return self.value * _ramp(elapsed, self.warmup_steps)
         if self.kind == "cyclical" and not self._cycles_are_over(elapsed):
+            rising = elapsed % self.period_steps - self.low_fraction * self.period_steps
             ramp_steps = self.ramp_fraction * self.period_steps
-            return self.value * _ramp(elapsed % self.period_steps, ramp_steps)
+            return self.value * _ramp(rising, ramp_steps) if rising >= 0 else 0.0
         return self.value
 
     def _cycles_are_over(self, elapsed: int) -> bool:

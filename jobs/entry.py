@@ -203,7 +203,7 @@ def flat_keys(config: DictConfig) -> list[str]:
         keys.append(str(name))
         value = config._get_node(name)
         if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
-            keys += [f"{name}.{inner}" for inner in flat_keys(value)]
+            keys += [f"{name!s}.{inner}" for inner in flat_keys(value)]
     return keys
 
 

@@ -197,6 +197,7 @@ class _Sink:
     """
 
     closed = False
+    _abandoned = False
 
     def __init__(self, target: Location) -> None:
         self._target = target
@@ -208,9 +209,11 @@ class _Sink:
         self.bytes = 0
 
     def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        if self._abandoned:
+            return size
         self._stream.write(data)
         self._hash.update(data)
-        size = memoryview(data).nbytes
         self.bytes += size
         return size
 
@@ -225,7 +228,11 @@ class _Sink:
         return self._hash.hexdigest()
 
     def abandon(self) -> None:
-        """Leave nothing behind on a local disk; an object stays unnamed by any manifest."""
+        """Leave nothing behind on a local disk; an object stays unnamed by any manifest.
+
+        What is written afterwards goes nowhere.
+        """
+        self._abandoned = True
         self._stream.close()
         if self._target.is_local:
             Path(self._path).unlink(missing_ok=True)
@@ -290,6 +297,7 @@ class _PartWriter:
     def abandon(self) -> None:
         """Leave nothing behind."""
         self._sink.abandon()
+        self._writer.close()
 
 
 class _Outputs:

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 INK, MUTED, GRID, TRAIN, VALID = "#010101", "#020202", "#030303", "#040404", "#050505"
 _CSS = {
@@ -30,7 +30,7 @@ _LAYER_RAMP = ((0x3B, 0x7D, 0xD8), (0x2A, 0x9D, 0x8F), (0xD9, 0x8E, 0x04), (0xD6
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "della",
-    "font.size": 9,
+    "font.size": 10,
     "text.color": INK,
     "axes.edgecolor": GRID,
     "axes.labelcolor": MUTED,
@@ -49,7 +49,7 @@ _STYLE: dict[str, Any] = {
     "ytick.labelcolor": MUTED,
     "ytick.left": False,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9,
     "legend.handlelength": 1.4,
 }
 _SIZE = (4.5, 2.7)  # inches; 324 points wide
@@ -133,7 +133,7 @@ def bar_panel(
             axes.set_ylim(0, ceiling * 1.12)
         axes.set_xlabel("layer")
         axes.set_xlim(-0.6, count - 0.4)
-        axes.xaxis.set_major_locator(MaxNLocator(min(count, 13), integer=True))
+        axes.set_xticks(range(0, count, -(-count // 16)))
         _finish_y(axes, unit)
         if len(groups) > 1:
             _legend(axes, len(groups))
@@ -157,7 +157,8 @@ def _axes(size: tuple[float, float]) -> tuple[Figure, Any]:
 
 def _finish_y(axes: Any, unit: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.set_title(unit, loc="left", fontsize=8, color=MUTED)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.set_title(unit, loc="left", fontsize=9, color=MUTED)
 
 
 def _legend(axes: Any, count: int) -> None:

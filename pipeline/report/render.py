@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,12 @@ def _template(name: str, autoescape: bool) -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"plain": plain, "md": escaped_markdown, "duration": duration}
+    environment.filters |= {
+        "plain": plain,
+        "md": escaped_markdown,
+        "duration": duration,
+        "moment": moment,
+    }
     environment.globals["shown"] = shown
     return environment.get_template(name)
 
@@ -70,6 +76,11 @@ def plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(plain(item) for item in value)
     return str(value)
+
+
+def moment(text: str) -> str:
+    """A recorded time, as a person reads it."""
+    return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M %Z}"
 
 
 def escaped_markdown(value: Any) -> str:

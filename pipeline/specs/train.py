@@ -36,18 +36,37 @@ class ModelSpec(Spec):
 
 
 class BetaSpec(Spec):
-    """Weight of the KL in the loss, as a pure function of the optimizer step."""
+    """Weight of the KL in the loss, as a pure function of the optimizer step.
+
+    Lengths are shares of the run's steps, so that a schedule keeps its shape when a run gets longer.
+
+    - constant: `value` from the first step on.
+    - linear: 0 for `delay` (an autoencoder start: the decoder learns to use the latents before they
+      cost anything), then a ramp of `warmup` up to `value`.
+    - cyclical: 0 for `delay`, then cycles of `period`; each is 0 for its first `low` (a share of the
+      cycle), then a ramp of `ramp`, then `value`.
+    """
 
     kind: Literal["constant", "linear", "cyclical"] = "linear"
-    value: float = Field(1.0, ge=0)  # where it ends
-    delay_steps: int = Field(0, ge=0)  # held at zero first: the autoencoder start
-    warmup_steps: int = Field(0, ge=0)  # linear: from zero to `value`
-    period_steps: int = Field(0, ge=0)  # cyclical: one cycle
+    value: float = Field(1.0, ge=0)
+    delay: float = Field(0.2, ge=0, le=1)
+    warmup: float = Field(0.4, ge=0, le=1)
+    period: float = Field(0.1, gt=0, le=1)
+    low: float = Field(0.5, ge=0, le=1)
+    ramp: float = Field(0.25, ge=0, le=1)
 
     @model_validator(mode="after")
-    def _cycle_has_a_length(self) -> Self:
-        if self.kind == "cyclical" and self.period_steps == 0:
-            raise ValueError("beta.kind=cyclical needs beta.period_steps above 0")
+    def _parts_fit(self) -> Self:
+        if self.kind == "linear" and self.delay + self.warmup > 1:
+            raise ValueError(
+                f"beta.delay + beta.warmup are shares of the run, but add up to "
+                f"{self.delay + self.warmup:g}: beta would never reach its value; keep them to 1"
+            )
+        if self.kind == "cyclical" and self.low + self.ramp > 1:
+            raise ValueError(
+                f"beta.low + beta.ramp are shares of a cycle, but add up to "
+                f"{self.low + self.ramp:g}: beta would never reach its value; keep them to 1"
+            )
         return self
 
 

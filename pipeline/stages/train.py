@@ -18,7 +18,7 @@ from pipeline.specs import TrainSpec
 from pipeline.storage import Location
 from pipeline.training.deepspeed_config import check_extra
 from pipeline.training.metrics import SUMMARY, read_rows
-from pipeline.training.model import Vocabulary, beta_schedule, della_config
+from pipeline.training.model import Vocabulary, della_config
 
 RUN_NAME = "checkpoints"
 
@@ -88,7 +88,6 @@ def check_inputs(spec: TrainSpec, dataset_folder: Location) -> None:
     Raises:
         UserError: naming the first thing that does not.
     """
-    from della_model import ConfigError
     from pipeline.training.setup import batch_order
 
     check_extra(spec.deepspeed)
@@ -96,10 +95,6 @@ def check_inputs(spec: TrainSpec, dataset_folder: Location) -> None:
     splits = [dataset.split("train")]
     splits += [dataset.split("valid")] if "valid" in dataset.split_names else []
     config = della_config(spec, Vocabulary.of(dataset))
-    try:
-        beta_schedule(spec)
-    except ConfigError as error:
-        raise UserError(f"train.{error}") from None
     context = config.backbone.max_position_embeddings
     for split in splits:
         if split.max_length > context:

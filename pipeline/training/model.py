@@ -108,17 +108,21 @@ def set_dropout(model: Della, probability: float) -> None:
             setattr(backbone, name, probability)
 
 
-def beta_schedule(spec: TrainSpec) -> BetaSchedule:
-    """Weight of the KL by optimizer step."""
+def beta_schedule(spec: TrainSpec, total_steps: int) -> BetaSchedule:
+    """Weight of the KL by optimizer step, of a run of `total_steps`."""
     from della_model import BetaSchedule
 
     beta = spec.train.beta
+    if beta.kind == "constant":
+        return BetaSchedule("constant", beta.value)
     return BetaSchedule(
         kind=beta.kind,
         value=beta.value,
-        delay_steps=beta.delay_steps,
-        warmup_steps=beta.warmup_steps,
-        period_steps=beta.period_steps,
+        delay_steps=round(beta.delay * total_steps),
+        warmup_steps=round(beta.warmup * total_steps),
+        period_steps=max(round(beta.period * total_steps), 1),
+        low_fraction=beta.low,
+        ramp_fraction=beta.ramp,
     )
 
 

@@ -98,7 +98,7 @@ def start_run(
         order=order,
         total_steps=total_steps,
         validation=validation,
-        beta=beta_schedule(spec),
+        beta=beta_schedule(spec, total_steps),
         learning_rate=learning_rate_schedule(spec, total_steps),
         tokenizer_folder=dataset.tokenizer_folder,
         num_parameters=parameters,

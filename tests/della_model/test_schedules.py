@@ -44,6 +44,11 @@ def test_beta_cyclical_repeats_and_stops():
     assert values(endless, 0, 10, 1000, 1005) == [0, 0, 0, 1]
 
 
+def test_beta_cyclical_stays_low_before_it_rises():
+    schedule = BetaSchedule("cyclical", period_steps=8, low_fraction=0.5, ramp_fraction=0.25)
+    assert values(schedule, 0, 4, 5, 6, 7, 8, 13) == [0, 0, 0.5, 1, 1, 0, 0.5]
+
+
 def test_learning_rate_warms_up_from_the_first_step():
     schedule = LearningRateSchedule(peak=1.0, warmup_steps=4)
     assert values(schedule, 0, 1, 3, 4, 1000) == [0.25, 0.5, 1.0, 1.0, 1.0]

@@ -27,7 +27,7 @@ TRAIN = {"model": {"size": "tiny"}, "train": {"max_steps": 3}}
         ({"max_steps": "many"}, "max_steps='many' is refused"),
         ({"max_steps": 1, "precision": "bf61"}, "not one of fp32, bf16 (did you mean 'bf16'?)"),
         ({"max_steps": 1, "beta": {"kin": 1}}, "unknown key 'beta.kin' (did you mean 'kind'?)"),
-        ({"max_steps": 1, "beta": {"kind": "cyclical"}}, "needs beta.period"),
+        ({"max_steps": 1, "beta": {"kind": "cyclical", "low": 0.9}}, "beta.low + beta.ramp"),
         ({}, "give train.max_steps or train.max_epochs"),
     ],
 )

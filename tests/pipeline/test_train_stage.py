@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 from train_data import small_dataset, train_spec
@@ -206,8 +207,12 @@ def test_run_bf16_zero3_without_validation_split_ends_with_best_as_last(tmp_path
 def test_run_user_error_in_a_worker_ends_the_run_at_once(tmp_path: Path) -> None:
     dataset = small_dataset(tmp_path / "data", train=60, valid=0)
     part = next((tmp_path / "data" / "train").glob("*.parquet"))
+    # The driver's checks read the footer and the lengths alone: damage the tokens.
+    column = pq.ParquetFile(part).metadata.row_group(0).column(1)
+    assert column.path_in_schema.startswith("input_ids")
     data = bytearray(part.read_bytes())
-    data[4:200] = bytes(196)  # the first pages; the footer and the lengths stay
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + 40] = bytes(40)
     part.write_bytes(bytes(data))
     with pytest.raises(UserError, match=part.name):
         run(train_spec(train__max_failures=3), dataset, Location.parse(tmp_path / "run"))

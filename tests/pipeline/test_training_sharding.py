@@ -115,7 +115,7 @@ def plain_training(spec: TrainSpec, dataset: Dataset) -> dict[str, Any]:
         [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
         betas=(0.9, 0.98),
     )
-    beta, rate = beta_schedule(spec), learning_rate_schedule(spec, 6)
+    beta, rate = beta_schedule(spec, 6), learning_rate_schedule(spec, 6)
     found: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
         batch = loader.next().micro_batches[0]

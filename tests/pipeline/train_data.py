@@ -97,7 +97,7 @@ def train_spec(**values: Any) -> TrainSpec:
             "checkpoint_every": 2,
             "eval_every": 3,
             "log_every": 1,
-            "beta": {"kind": "linear", "warmup_steps": 4},
+            "beta": {"kind": "linear", "delay": 0.0, "warmup": 0.5},
         },
         "deepspeed": {"zero_stage": 2},
         "cluster": {"num_cpus": 2},

@@ -1,0 +1,1 @@
+"""The stages: `run_<stage>(spec, inputs, output) -> figures`, each in a module of its own."""
