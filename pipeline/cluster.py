@@ -51,13 +51,16 @@ def _start(spec: ClusterSpec) -> None:
     }
     if not spec.verbose:
         logging.getLogger("ray").setLevel(logging.WARNING)
+    root = Path(__file__).resolve().parents[1]
     if address is None:
+        # Workers import our code from where it lies, whatever folder the command was given in.
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = f"{root}{os.pathsep}{before}" if before else str(root)
         # "local": never another cluster that happens to run on this machine.
         ray.init(address="local", num_cpus=spec.num_cpus, **options)
         return
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         # Outside `ray job submit` nothing has brought our code to the other nodes yet.
-        root = Path(__file__).resolve().parents[1]
         options["runtime_env"] = {"py_modules": [str(root / name) for name in _PACKAGES]}
     try:
         ray.init(address=address, **options)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +49,8 @@ def resolve_weights(folder: Location) -> Location:
         return best
     if artifact is not None:
         raise UserError(
-            f"weights={folder} is the artifact of a {artifact.stage} stage: expected one of a "
-            "train stage, or a from_pretrained folder; give the folder that jobs/train.py printed."
+            f"weights={folder} is the artifact of the stage {artifact.stage}: expected one of "
+            "train, or a from_pretrained folder; give the folder that jobs/train.py printed."
         )
     if not (folder / "config.json").is_file():
         inner = next((n for n in ("best", "last") if (folder / n / "config.json").is_file()), None)
@@ -122,9 +124,10 @@ def load_model(folder: Location, device: torch.device | str = "cpu") -> Della:
     load_config(folder)
     _weight_files(folder)
     try:
-        model, loading = Della.from_pretrained(
-            _local(folder), dtype=torch.float32, output_loading_info=True
-        )
+        with _quiet():
+            model, loading = Della.from_pretrained(
+                _local(folder), dtype=torch.float32, output_loading_info=True
+            )
     except Exception as error:  # safetensors raises a bare Exception of its own
         raise UserError(
             f"{folder} cannot be loaded ({_first_line(error)}): its config and safetensors are "
@@ -169,6 +172,20 @@ def check_tokenizer(weights: Location, dataset: Dataset) -> None:
             "words to the model; preprocess the texts with tokenizer=hf and tokenizer.path= the "
             "folder of these weights."
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bar that transformers shows while it loads: it would break into ours."""
+    from transformers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
 
 
 def _read_config(folder: Location) -> dict[str, Any]:

@@ -60,8 +60,8 @@ class Tally:
         raise UserError(
             f"{self.num_rejected:,} of {known:,} documents{so_far} were rejected, more than "
             f"corpus.max_rejected={self._max_rejected:g} of them; the commonest reason is "
-            f"'{reason}' ({count:,}), first at {file}:{line}; all are listed in {folder}; mend "
-            "them, or raise corpus.max_rejected to go on without them."
+            f"'{reason}' ({count:,}), for example at {file}:{line}; all are listed in "
+            f"{folder}; mend them, or raise corpus.max_rejected to go on without them."
         )
 
     def refuse_empty_split(self, index: CorpusIndex) -> None:

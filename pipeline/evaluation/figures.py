@@ -150,5 +150,5 @@ def shown(value: float | None, error: float | None) -> tuple[str, str]:
         return "–", "–"
     if error is None or error <= 0:
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}", "–"
-    decimals = min(max(1 - math.floor(math.log10(error)), 0), 4)
+    decimals = min(max(1 - math.floor(math.log10(error)), 0), 6)
     return f"{value:,.{decimals}f}", f"{error:,.{decimals}f}"

@@ -15,6 +15,7 @@ from pipeline.evaluation.figures import LABELS, collapse, shown
 def print_evaluation(figures: dict[str, Any], console: Console) -> None:
     """Print the figures as a table, then samples and reconstructions as lists."""
     console.print(_table(figures))
+    console.print(_layers(figures))
     counts = "  ".join(
         f"{figures[f'num_{name}']:,} {name}" for name in ("documents", "tokens", "words")
     )
@@ -45,10 +46,18 @@ def _table(figures: dict[str, Any]) -> Table:
     for name, label in LABELS.items():
         value, error = shown(figures[name], errors[name])
         table.add_row(label.title, value, error, label.unit)
-    active = figures["active_units"]
+    return table
+
+
+def _layers(figures: dict[str, Any]) -> Table:
+    """KL and active units of each latent layer."""
+    active, errors = figures["active_units"], figures["standard_errors"]["kl_per_layer"]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for title in ("layer", "KL, nats/document", "± s.e."):
+        table.add_column(title, justify="right")
+    for bound in active:
+        table.add_column(f"units above {bound}, of {figures['latent_size']}", justify="right")
     for layer, value in enumerate(figures["kl_per_layer"]):
-        texts = shown(value, errors["kl_per_layer"][layer])
-        units = ", ".join(f"{counts[layer]} above {bound}" for bound, counts in active.items())
-        note = f"nats/document; active units {units} of {figures['latent_size']}"
-        table.add_row(f"  KL of layer {layer}", *texts, note)
+        units = (str(counts[layer]) for counts in active.values())
+        table.add_row(str(layer), *shown(value, errors[layer]), *units)
     return table

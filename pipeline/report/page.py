@@ -105,8 +105,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _require_stage(artifact: Artifact, stage: str, key: str) -> None:
     if artifact.stage != stage:
         raise UserError(
-            f"{key}={artifact.folder} is the artifact of a {artifact.stage} stage: expected one of "
-            f"the {stage} stage, whose content the page shows; give the folder that it printed."
+            f"{key}={artifact.folder} is the artifact of the stage {artifact.stage}: expected one "
+            f"of {stage}, whose content the page shows; give the folder that it printed."
         )
 
 

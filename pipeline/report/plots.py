@@ -50,10 +50,10 @@ _STYLE: dict[str, Any] = {
     "ytick.left": False,
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "legend.handlelength": 1.4,
+    "legend.handlelength": 1.1,
 }
 _SIZE = (4.5, 2.7)  # inches; 324 points wide
-_WIDE = (9.2, 3.0)
+_NAMED_LAYERS = 4  # as many as a legend has room for beside the unit
 _MARKED_POINTS = 40  # of a curve with fewer, each point gets a dot
 
 
@@ -61,7 +61,7 @@ _MARKED_POINTS = 40  # of a curve with fewer, each point gets a dot
 class Line:
     """One curve of a panel."""
 
-    label: str
+    label: str  # "" leaves it out of the legend
     points: Sequence[Sequence[float]]  # [x, y]
     color: str
     width: float = 1.6
@@ -80,31 +80,33 @@ def curve_panel(name: str, curve: dict[str, list[list[float]]], unit: str) -> st
 
 
 def layers_panel(name: str, curves: list[list[list[float]]], unit: str) -> str:
-    """One curve a layer over optimizer steps."""
+    """One curve a layer over optimizer steps; of many layers, some are named."""
+    count = len(curves)
+    named = {round(i * (count - 1) / (_NAMED_LAYERS - 1)) for i in range(_NAMED_LAYERS)}
     lines = [
-        Line(f"layer {layer}", points, layer_color(layer, len(curves)), 1.5)
+        Line(f"layer {layer}" if layer in named else "", points, layer_color(layer, count), 1.5)
         for layer, points in enumerate(curves)
     ]
-    return line_panel(name, lines, unit, _WIDE if len(curves) > 8 else _SIZE)
+    return line_panel(name, lines, unit)
 
 
-def line_panel(
-    name: str, lines: Sequence[Line], unit: str, size: tuple[float, float] = _SIZE
-) -> str:
+def line_panel(name: str, lines: Sequence[Line], unit: str) -> str:
     """Curves over optimizer steps as an SVG element; `name` is its accessible name."""
     with mpl.rc_context(_STYLE):
-        figure, axes = _axes(size)
+        figure, axes = _axes()
         for line in lines:
             x, y = zip(*line.points, strict=True)
             marker = {"marker": "o", "markersize": 3} if line.marked or len(x) == 1 else {}
-            axes.plot(x, y, color=line.color, linewidth=line.width, label=line.label, **marker)
+            axes.plot(
+                x, y, color=line.color, linewidth=line.width, label=line.label or "_", **marker
+            )
         axes.margins(x=0.02, y=0.08)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep="", places=None))
         _finish_y(axes, unit)
         if len(lines) > 1:
-            _legend(axes, len(lines))
+            _legend(axes)
         return _svg(figure, name)
 
 
@@ -118,7 +120,7 @@ def bar_panel(
     """Bars by layer; groups (label, a value a layer, color) stand side by side."""
     with mpl.rc_context(_STYLE):
         count = len(groups[0][1])
-        figure, axes = _axes(_WIDE if count > 16 else _SIZE)
+        figure, axes = _axes()
         width = 0.72 / len(groups)
         for index, (label, values, color) in enumerate(groups):
             offset = (index - (len(groups) - 1) / 2) * width
@@ -136,7 +138,7 @@ def bar_panel(
         axes.set_xticks(range(0, count, -(-count // 16)))
         _finish_y(axes, unit)
         if len(groups) > 1:
-            _legend(axes, len(groups))
+            _legend(axes)
         return _svg(figure, name)
 
 
@@ -149,8 +151,8 @@ def layer_color(layer: int, num_layers: int) -> str:
     return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in pairs)
 
 
-def _axes(size: tuple[float, float]) -> tuple[Figure, Any]:
-    figure = Figure(figsize=size, layout="constrained")
+def _axes() -> tuple[Figure, Any]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
     FigureCanvasSVG(figure)
     return figure, figure.add_subplot()
 
@@ -161,15 +163,15 @@ def _finish_y(axes: Any, unit: str) -> None:
     axes.set_title(unit, loc="left", fontsize=9, color=MUTED)
 
 
-def _legend(axes: Any, count: int) -> None:
+def _legend(axes: Any) -> None:
     """Above the plot at its right end, where no curve runs."""
     axes.legend(
         loc="lower right",
         bbox_to_anchor=(1.0, 0.98),
-        ncols=min(count, 4) if count <= 8 else 8,
+        ncols=_NAMED_LAYERS,
         borderaxespad=0.1,
-        columnspacing=1.0,
-        handletextpad=0.5,
+        columnspacing=0.9,
+        handletextpad=0.4,
     )
 
 

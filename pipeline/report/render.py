@@ -92,31 +92,33 @@ def escaped_markdown(value: Any) -> str:
 def _training_panels(page: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for key, (title, unit) in _PANELS.items():
         curve = page["curves"].get(key)
+        if key == "beta" and curve:  # a schedule: the same in validation
+            curve = {kind: points for kind, points in curve.items() if kind == "train"}
         if curve:
             # Markup: our own plot of numbers; no text of the run is in it.
-            yield {"title": title, "svg": Markup(curve_panel(title, curve, unit)), "wide": False}
+            yield {"title": title, "svg": Markup(curve_panel(title, curve, unit))}
 
 
 def _latents(page: dict[str, Any]) -> Iterator[dict[str, Any]]:
     curves, layers = page["kl_per_layer_over_time"], page["kl_per_layer"]
     if curves:
-        svg = layers_panel("KL of each layer over time", curves, _NATS)
-        yield _panel("KL of each layer over time", svg, len(curves) > 8)
+        svg = layers_panel("KL of each layer over time", curves, "nats")
+        yield _panel("KL of each layer over time", svg)
     if layers:
         colors = [layer_color(layer["layer"], len(layers)) for layer in layers]
         values = [layer["value"] for layer in layers]
         errors = [layer["error"] for layer in layers]
         svg = bar_panel("KL of each layer", [("KL", values, colors)], _NATS, errors)
-        yield _panel("KL of each layer, evaluated", svg, len(layers) > 16)
+        yield _panel("KL of each layer, evaluated", svg)
     if page["active_units"]:
         groups = [
-            (f"variance above {bound}", counts, _ACTIVE_COLORS.get(bound, VALID))
+            (f"above {bound}", counts, _ACTIVE_COLORS.get(bound, VALID))
             for bound, counts in page["active_units"].items()
         ]
         size = page["latent_size"]
-        svg = bar_panel("Active units of each layer", groups, f"of {size} dimensions", None, size)
-        yield _panel("Active units of each layer", svg, len(layers) > 16)
+        svg = bar_panel("Active units of each layer", groups, f"of {size}, by variance", None, size)
+        yield _panel("Active units of each layer", svg)
 
 
-def _panel(title: str, svg: str, wide: bool) -> dict[str, Any]:
-    return {"title": title, "svg": Markup(svg), "wide": wide}
+def _panel(title: str, svg: str) -> dict[str, Any]:
+    return {"title": title, "svg": Markup(svg)}

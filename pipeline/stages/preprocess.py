@@ -10,9 +10,9 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -237,10 +237,13 @@ def _write_shards(
     todo = [unit for unit in index.units if unit.number not in finished]
     before = (tally.documents, tally.tokens)
     started = time.monotonic()
-    with Progress("tokenise", index.bytes, "bytes", console) as progress:
+    with (
+        Progress("tokenise", index.bytes, "bytes", console) as progress,
+        closing(_tokenised(todo, recipe)) as finishing,
+    ):
         if resumed_bytes:
             progress.update(resumed_bytes, resumed=True)
-        for record in _tokenised(todo, recipe):
+        for record in finishing:
             tally.add(record)
             took = max(time.monotonic() - started, 1e-9)
             rates = ((tally.documents - before[0]) / took, (tally.tokens - before[1]) / took)
@@ -255,7 +258,7 @@ def _write_shards(
     return records, (rates[0], rates[1]) if todo else (None, None)
 
 
-def _tokenised(units: list[Unit], recipe: Recipe) -> Iterator[UnitRecord]:
+def _tokenised(units: list[Unit], recipe: Recipe) -> Generator[UnitRecord]:
     """The records of units as Ray Data's tasks finish them, in any order.
 
     Only the records travel: the tasks write the shards themselves.
@@ -272,11 +275,13 @@ def _tokenised(units: list[Unit], recipe: Recipe) -> Iterator[UnitRecord]:
         dataset = ray.data.from_items(
             [{"unit": number} for number in range(len(units))], override_num_blocks=len(units)
         ).map(partial(_task, units=ray.put(units), recipe=recipe), num_cpus=1)
-        for rows in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-            for answer in map(json.loads, rows["answer"]):
-                if "error" in answer:
-                    raise UserError(answer["error"])
-                yield UnitRecord(**answer)
+        # Closing the iterator stops the tasks that still wait, when we stop early.
+        with closing(iter(dataset.iter_batches(batch_size=None, prefetch_batches=0))) as batches:
+            for rows in batches:
+                for answer in map(json.loads, rows["answer"]):
+                    if "error" in answer:
+                        raise UserError(answer["error"])
+                    yield UnitRecord(**answer)
 
 
 def _task(row: dict[str, Any], units: Any, recipe: Recipe) -> dict[str, Any]:

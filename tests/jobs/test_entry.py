@@ -31,7 +31,7 @@ def test_job_composes_and_validates(job):
 
 @pytest.mark.parametrize("search", choices("search"))
 def test_search_composes_and_every_key_is_one_of_the_train_config(search):
-    from pipeline.stages.tune import check_space
+    from pipeline.tuning.space import check_space
 
     config = compose("tune", ["dataset=x", f"search={search}", "train.max_steps=3"])
     trial = TrainSpec.build(spec_values(config, TrainSpec))

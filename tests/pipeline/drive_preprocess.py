@@ -1,6 +1,6 @@
 """A driver of its own process, for tests that kill it or give it other CPUs.
 
-    python -m tests.pipeline.drive_preprocess SPEC.json FOLDER
+python -m tests.pipeline.drive_preprocess SPEC.json FOLDER
 """
 
 from __future__ import annotations

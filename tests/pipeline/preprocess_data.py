@@ -18,7 +18,9 @@ from pipeline.specs import PreprocessSpec
 from pipeline.stages.preprocess import recipe_of
 from pipeline.storage import Location
 
-WORDS = "the a small green heron wades through reeds and über Grüße 猫 — it's rain’s end, soon".split()
+WORDS = (
+    "the a small green heron wades through reeds and über Grüße 猫 — it's rain’s end, soon".split()
+)
 
 
 def make_lines(count: int, seed: int = 0) -> list[str]:
@@ -48,12 +50,12 @@ def make_spec(corpus: dict[str, Any], **rest: Any) -> PreprocessSpec:
 
 def write_dataset(
     spec: PreprocessSpec,
-    folder: Path,
+    folder: Path | Location,
     order: Callable[[list[Unit]], list[Unit]] = lambda units: units,
 ) -> Dataset:
     """Do all of preprocess in this process, the units in the order that `order` gives them."""
     index = index_corpus(spec.corpus, spec.shard_bytes)
-    output = Location.parse(folder)
+    output = folder if isinstance(folder, Location) else Location.parse(folder)
     recipe, about = recipe_of(spec, index, output, Console(quiet=True))
     records = [process_unit(unit, recipe) for unit in order(list(index.units))]
     commit(index, recipe, about, sorted(records, key=lambda record: record.number))

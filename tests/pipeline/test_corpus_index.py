@@ -53,7 +53,10 @@ def test_index_line_longer_than_a_shard_stays_whole(tmp_path: Path) -> None:
 
 def test_index_fingerprint_follows_content_and_split_not_path(tmp_path: Path) -> None:
     lines = make_lines(20)
-    a, b = write_lines(tmp_path / "a" / "x.txt", lines), write_lines(tmp_path / "b" / "y.txt", lines)
+    a, b = (
+        write_lines(tmp_path / "a" / "x.txt", lines),
+        write_lines(tmp_path / "b" / "y.txt", lines),
+    )
     other = write_lines(tmp_path / "c.txt", [*lines[:-1], lines[-1][:-1] + "!"])
 
     def inputs(**corpus: str) -> dict[str, str]:

@@ -65,9 +65,7 @@ def _write_as(kind: str, file: Path, texts: list[str]) -> None:
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "csv"])
-def test_read_any_kind_gives_all_documents_in_order(
-    tmp_path: Path, kind: str, packed: str
-) -> None:
+def test_read_any_kind_gives_all_documents_in_order(tmp_path: Path, kind: str, packed: str) -> None:
     texts = make_lines(700)
     if kind != "text":
         texts[5] = 'two\nlines, and a "quote"'
@@ -204,9 +202,7 @@ def test_read_parquet_page_damaged_names_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [-4, -1000])
 @pytest.mark.parametrize("kind", ["text", "jsonl", "csv", "parquet"])
-def test_read_compressed_file_cut_off_names_the_file(
-    tmp_path: Path, kind: str, keep: int
-) -> None:
+def test_read_compressed_file_cut_off_names_the_file(tmp_path: Path, kind: str, keep: int) -> None:
     file = tmp_path / f"a.{kind}.gz"
     _write_as(kind, file, make_lines(2000))
     file.write_bytes(file.read_bytes()[:keep])

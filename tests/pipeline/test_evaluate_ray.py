@@ -97,7 +97,7 @@ def test_printed_table_has_every_figure_and_text(
     figures = {**figures, "samples": ["a [bold]b[/bold] sample", ""]}
     print_evaluation(figures, Console(width=120))
     printed = capsys.readouterr().out
-    for text in ("Reconstruction NLL", "−ELBO", "IW-NLL", "Perplexity per word", "KL of layer 3"):
+    for text in ("Reconstruction NLL", "−ELBO", "IW-NLL", "Perplexity per word", "units above"):
         assert text in printed
     assert "a [bold]b[/bold] sample" in printed
     assert "(empty)" in printed

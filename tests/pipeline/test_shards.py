@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
 
 from pipeline.corpora import writing
 from pipeline.corpora.writing import HashSplit, document_id
@@ -122,6 +123,19 @@ def test_shards_do_not_depend_on_the_order_of_the_units(tmp_path: Path, order: s
     assert tree(tmp_path / "straight") == tree(tmp_path / "other")
 
 
+def test_shards_on_object_storage_are_the_same(tmp_path: Path) -> None:
+    lines = make_lines(500)
+    lines[3] += "\0"
+    spec = make_spec({"train": write_lines(tmp_path / "a.txt", lines)})
+    (tmp_path / "bucket").mkdir()
+    bucket = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
+    dataset = write_dataset(spec, Location(bucket, "data", "mock"))  # not local: nothing is moved
+    write_dataset(spec, tmp_path / "plain")
+    assert tree(tmp_path / "bucket" / "data") == tree(tmp_path / "plain")
+    dataset.split("train").verify()
+    assert dataset.split("train").lengths().sum() == dataset.split("train").num_tokens
+
+
 def test_split_by_hash_is_stable_and_keeps_duplicates_together(tmp_path: Path) -> None:
     lines = make_lines(2000)
     doubled = lines + lines[:700]
@@ -218,9 +232,7 @@ def test_unit_that_fails_leaves_no_file(
     file.write_bytes(gzip.compress("\n".join(make_lines(90_000)).encode())[:-50])
     monkeypatch.setattr(writing, "_GROUP_TOKENS", group_tokens)
     train_bpe([make_lines(50)], 300).save_pretrained(tmp_path / "bpe")
-    spec = make_spec(
-        {"train": str(file)}, tokenizer={"kind": "hf", "path": str(tmp_path / "bpe")}
-    )
+    spec = make_spec({"train": str(file)}, tokenizer={"kind": "hf", "path": str(tmp_path / "bpe")})
     with pytest.raises(UserError, match="no whole gzip file"):
         write_dataset(spec, tmp_path / "out")
     left = [f.name for f in (tmp_path / "out").rglob("*") if f.is_file()]

@@ -33,7 +33,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def spec_of(**values: Any) -> TrainSpec:
-    return train_spec(model__dropout=0.0, train__max_grad_norm=0.5, train__free_bits=0.02, **values)
+    """No dropout, and a KL that counts from the first step on."""
+    return train_spec(
+        model__dropout=0.0,
+        train__max_grad_norm=0.5,
+        train__free_bits=0.02,
+        train__beta={"kind": "constant", "value": 0.7},
+        **values,
+    )
 
 
 def start_processes(work: Any, num_workers: int, *arguments: Any) -> None:

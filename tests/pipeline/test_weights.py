@@ -57,7 +57,7 @@ def test_other_folder_is_refused_with_the_right_one(weights: Path, tmp_path: Pat
     shutil.copytree(weights, tmp_path / "weights" / "best")
     with pytest.raises(UserError, match=r"give .*/weights/best"):
         resolve_weights(Location.parse(tmp_path / "weights"))
-    with pytest.raises(UserError, match="artifact of a preprocess stage"):
+    with pytest.raises(UserError, match="artifact of the stage preprocess"):
         resolve_weights(artifact(tmp_path / "data", "preprocess"))
 
 

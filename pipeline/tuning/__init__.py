@@ -1,0 +1,1 @@
+"""The parts of a search: its space, its progress, its results."""
