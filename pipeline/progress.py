@@ -34,7 +34,9 @@ class Progress:
     ) -> None:
         self.what, self.total, self.unit = what, total, unit
         self.console = console or Console()
-        self._done = self._first_done = 0.0
+        self._done = self._resumed = 0.0
+        self._first: tuple[float, float] | None = None  # done, and when
+        self._printed: float | None = None  # what the last plain line said was done
         self._notes: dict[str, Any] = {}
         self._started = time.monotonic()
         self._last_line = self._started
@@ -56,12 +58,15 @@ class Progress:
             self._bar.start()
         return self
 
-    def update(self, done: float, **notes: Any) -> None:
-        """Set how much is done in all, and the figures that stand beside it."""
-        if self._done == 0.0 and self._first_done == 0.0 and not self._notes:
-            self._first_done = done if done > 1 and "resumed" in notes else 0.0
-        self._done = done
-        self._notes = {k: v for k, v in notes.items() if k != "resumed"}
+    def update(self, done: float, *, resumed: float = 0.0, **notes: Any) -> None:
+        """Set how much is done in all, and the figures that stand beside it.
+
+        The rate counts from the first update with something done, since starting up is no work;
+        `resumed` is what an earlier run had done.
+        """
+        if self._first is None and done > resumed:
+            self._first = (done, time.monotonic())
+        self._done, self._resumed, self._notes = done, resumed, notes
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=self.total, line=self._line())
         elif time.monotonic() - self._last_line >= PLAIN_EVERY_S:
@@ -75,22 +80,29 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if kind is None:
+        if kind is None and self._printed != self._done:
             self._print_line()
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
+        self._printed = self._done
         share = f" {100 * self._done / self.total:3.0f}%" if self.total else ""
         self.console.print(
             f"{self.what}{share}  {self._line()}", soft_wrap=True, highlight=False, markup=False
         )
         sys.stdout.flush()
 
+    def _rate(self, elapsed: float) -> float:
+        if self._first is not None and self._done > self._first[0]:
+            done, when = self._first
+            return (self._done - done) / max(time.monotonic() - when, 1e-9)
+        return (self._done - self._resumed) / elapsed
+
     def _line(self) -> str:
         elapsed = max(time.monotonic() - self._started, 1e-9)
-        rate = (self._done - self._first_done) / elapsed
+        rate = self._rate(elapsed)
         of = f"/{self.total:,.0f}" if self.total else ""
-        parts = [f"{self._done:,.0f}{of} {self.unit}", f"{rate:,.1f} {self.unit}/s"]
+        parts = [f"{self._done:,.0f}{of} {self.unit}", f"{_figure(rate)} {self.unit}/s"]
         parts += [f"{name} {_figure(value)}" for name, value in self._notes.items()]
         if self.total and rate > 0 and self._done < self.total:
             parts.append(f"{duration((self.total - self._done) / rate)} left")
@@ -101,7 +113,7 @@ class Progress:
 
 def _figure(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -242,13 +242,14 @@ def _write_shards(
         closing(_tokenised(todo, recipe)) as finishing,
     ):
         if resumed_bytes:
-            progress.update(resumed_bytes, resumed=True)
+            progress.update(resumed_bytes, resumed=resumed_bytes)
         for record in finishing:
             tally.add(record)
             took = max(time.monotonic() - started, 1e-9)
             rates = ((tally.documents - before[0]) / took, (tally.tokens - before[1]) / took)
             progress.update(
                 tally.bytes_done,
+                resumed=resumed_bytes,
                 **{"rows/s": rates[0], "tokens/s": rates[1], "rejected": tally.num_rejected},
             )
             tally.refuse_too_many_rejected(recipe.output / REJECTED)
