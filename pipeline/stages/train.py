@@ -194,7 +194,8 @@ def _print_table(console: Console, figures: dict[str, Any]) -> None:
         f"{figures['num_parameters']:,}, of these for the latents "
         f"{figures['num_latent_parameters']:,}",
     )
-    table.add_row("workers", str(figures["num_workers"]))
+    workers = f"{figures['num_workers']} on {figures['num_nodes']} node(s)"
+    table.add_row("workers", workers)
     if figures["tokens_per_s"] is not None:
         table.add_row("tokens/s", f"{figures['tokens_per_s']:,.0f}")
     table.add_row("time", duration(figures["time_s"]))

@@ -214,6 +214,7 @@ class Reporter:
         self._mailbox = mailbox if self._is_first else None
         self._log = MetricsLog(output, resume_step) if self._is_first else None
         self._resumed, self._sent_at = resume_step, 0.0
+        self._num_nodes = count_nodes()
         self._notes: dict[str, Any] = {}
         self._row: dict[str, Any] = {}
 
@@ -299,9 +300,17 @@ class Reporter:
             "num_parameters": self._run.num_parameters,
             "num_latent_parameters": self._run.num_latent_parameters,
             "num_workers": self._run.share.num_workers,
+            "num_nodes": self._num_nodes,
             "best": state.best,
             "last": state.last_valid,
         }
+
+
+def count_nodes() -> int:
+    """How many nodes the workers are on. A collective call."""
+    nodes: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+    return len(set(nodes))
 
 
 _VALID_KEYS = ("negative_elbo", "reconstruction_nll", "kl", "loss", "ppl_token")

@@ -6,7 +6,7 @@ import sys
 
 from ray.cluster_utils import Cluster
 
-NODE = {"num_cpus": 2, "object_store_memory": 150_000_000}
+NODE = {"num_cpus": 1, "object_store_memory": 150_000_000}
 
 if __name__ == "__main__":
     cluster = Cluster(
