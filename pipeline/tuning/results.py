@@ -32,7 +32,15 @@ def trial_row(result: Any, metric: str) -> dict[str, Any]:
 def print_trials(spec: TuneSpec, trials: list[dict[str, Any]]) -> None:
     """Show the trials, the best first."""
     keys = list(spec.search.space)
-    table = Table("trial", *(key.rpartition(".")[2] for key in keys), "step", spec.search.metric, "took", "problem", title="trials")
+    table = Table(
+        "trial",
+        *(key.rpartition(".")[2] for key in keys),
+        "step",
+        spec.search.metric,
+        "took",
+        "problem",
+        title="trials",
+    )
     for row in trials:
         value = "" if row["value"] is None else f"{row['value']:.4f}"
         took = "" if row["took_s"] is None else f"{row['took_s']:.0f} s"
