@@ -28,8 +28,8 @@ class BetaSchedule:
     - linear: `delay_steps` at 0, then a ramp of `warmup_steps` up to `value`. A delay is an
       autoencoder start: the decoder learns to use the latents before they cost anything.
     - cyclical: `delay_steps` at 0, then periods of `period_steps`; within each, its first
-      `low_fraction` at 0, a ramp over the next `ramp_fraction`, then `value` to its end. After `num_cycles` periods (0: no end) it
-      stays at `value`.
+      `low_fraction` at 0, a ramp over the next `ramp_fraction`, then `value` to its end. After
+      `num_cycles` periods (0: no end) it stays at `value`.
     """
 
     kind: BetaKind = "constant"

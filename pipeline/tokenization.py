@@ -72,6 +72,7 @@ class Encoder:
         # The fast form leaves out the offsets of tokens in the text.
         encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         ids = [encoding.ids for encoding in encoded]
+        del encoded
         lengths = np.fromiter(map(len, ids), np.int64, count=len(ids)) + 2
         offsets = np.zeros(len(ids) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,6 +27,7 @@ from pipeline.storage import Location
 
 ROWS_AT_ONCE = 1024
 EXCERPT_CHARACTERS = 80
+_SPACE = np.array([chr(byte).isspace() for byte in range(128)] + [False] * 128)
 
 
 def read_unit(unit: Unit, limits: Limits) -> Iterator[Batch]:
@@ -221,7 +223,7 @@ def screen(
     Bytes that were no UTF-8 are expected as surrogates (`errors="surrogateescape"`).
     """
     found = list(rejected)
-    num_words = [len(text.split()) for text in texts]
+    num_words = count_words(texts)
     if all(num_words) and _all_fine(texts, limits):
         return Batch(texts, lines, num_words, found, blank)
     kept = Batch([], [], [], found, 0)
@@ -237,6 +239,22 @@ def screen(
             kept_lines.append(line)
     found.sort(key=lambda rejection: rejection.line)
     return Batch(kept.texts, kept_lines, kept.num_words, found, blank)
+
+
+def count_words(texts: Sequence[str]) -> list[int]:
+    """`len(text.split())` of each text; all at once where they are ASCII, which is much faster."""
+    if not texts:
+        return []
+    plain = [text if text.isascii() else "" for text in texts]
+    ends = np.cumsum([len(text) + 1 for text in plain])
+    is_space = _SPACE[np.frombuffer("\n".join(["", *plain]).encode(), np.uint8)]
+    # Up to each end, how many words have begun.
+    begun = np.concatenate([[0], np.cumsum(is_space[:-1] & ~is_space[1:], dtype=np.int32)])
+    counts: list[int] = np.diff(begun[ends - 1], prepend=0).tolist()
+    for i, text in enumerate(texts):
+        if not text.isascii():
+            counts[i] = len(text.split())
+    return counts
 
 
 def _all_fine(texts: list[str], limits: Limits) -> bool:

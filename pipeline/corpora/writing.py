@@ -177,9 +177,11 @@ def _by_split(
     if unit.split is not None or hash_split is None:
         yield unit.split or "train", table
         return
-    splits = np.array([hash_split.of(i) for i in table.column("document_id").to_pylist()])
-    for split in sorted(set(splits.tolist())):
-        yield split, table.filter(pa.array(splits == split))
+    splits = [hash_split.of(name) for name in table.column("document_id").to_pylist()]
+    present = sorted(set(splits))
+    for split in present:
+        mine = [name == split for name in splits]
+        yield split, table if len(present) == 1 else table.filter(pa.array(mine))
 
 
 def _note(record: UnitRecord, rejected: list[Rejection], source: str) -> None:

@@ -38,13 +38,13 @@ class ModelSpec(Spec):
 class BetaSpec(Spec):
     """Weight of the KL in the loss, as a pure function of the optimizer step.
 
-    Lengths are shares of the run's steps, so that a schedule keeps its shape when a run gets longer.
+    Lengths are shares of the run's steps: a schedule keeps its shape when a run gets longer.
 
     - constant: `value` from the first step on.
     - linear: 0 for `delay` (an autoencoder start: the decoder learns to use the latents before they
       cost anything), then a ramp of `warmup` up to `value`.
-    - cyclical: 0 for `delay`, then cycles of `period`; each is 0 for its first `low` (a share of the
-      cycle), then a ramp of `ramp`, then `value`.
+    - cyclical: 0 for `delay`, then cycles of `period`; each is 0 for its first `low` (a share of
+      the cycle), then a ramp of `ramp`, then `value`.
     """
 
     kind: Literal["constant", "linear", "cyclical"] = "linear"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import random
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.corpora import index_corpus
-from pipeline.corpora.reading import read_unit
+from pipeline.corpora.reading import count_words, read_unit
 from pipeline.corpora.units import Batch, Limits
 from pipeline.errors import UserError
 from pipeline.specs import CorpusSpec
@@ -141,6 +142,15 @@ def test_read_jsonl_rejects_each_fault_with_its_line(tmp_path: Path) -> None:
         (10, "invalid UTF-8"), (11, "broken JSON"),
     ]  # fmt: skip
     json.dumps([rejection.excerpt for rejection in batch.rejected]).encode()
+
+
+def test_count_words_is_that_of_split_for_every_white_space() -> None:
+    rng = random.Random(0)
+    alphabet = ["a", "bc", " ", "  ", "\t", "\n", "\x1c", "\x85", "\xa0", "é", "\u2003", "\0", "猫"]
+    texts = ["".join(rng.choices(alphabet, k=rng.randint(0, 12))) for _ in range(2000)]
+    assert count_words(texts) == [len(text.split()) for text in texts]
+    assert count_words([]) == []
+    assert count_words([""]) == [0]
 
 
 def test_read_csv_rejects_each_fault_with_its_line(tmp_path: Path) -> None:
