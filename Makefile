@@ -41,10 +41,12 @@ lint: setup
 fast: setup
 	$(RUN) -m pytest -m "not slow"
 
-bench: setup  ## Run the benchmarks and print their tables (about 30 minutes)
-	$(RUN) -m benchmarks.preprocess
-	$(RUN) -m benchmarks.step_time
-	$(RUN) -m benchmarks.training_overhead
+bench: setup  ## Benchmarks' tables: make bench TEXT=FILE TOKENIZER=FOLDER (about 30 minutes)
+	@test -n "$(TEXT)" -a -n "$(TOKENIZER)" || { echo "make bench measures on real text: give \
+	TEXT=FILE (a document a line) and TOKENIZER=FOLDER (GPT-2's vocab.json and merges.txt)" >&2; exit 2; }
+	PYTHONPATH=. $(RUN) benchmarks/preprocess.py --text $(TEXT) --tokenizer $(TOKENIZER)
+	PYTHONPATH=. $(RUN) benchmarks/step_time.py --text $(TEXT) --tokenizer $(TOKENIZER)
+	PYTHONPATH=. $(RUN) benchmarks/training_overhead.py --text $(TEXT)
 
 constraints: setup  ## Write constraints.txt from what .venv holds
 	$(VENV)/bin/pip freeze | sed 's/+cpu$$//' > constraints.txt
