@@ -96,13 +96,16 @@ class Progress:
         if self._first is not None and self._done > self._first[0]:
             done, when = self._first
             return (self._done - done) / max(time.monotonic() - when, 1e-9)
-        return (self._done - self._resumed) / elapsed
+        # Before a second look, only work that is over tells a rate: what began may take longer.
+        is_over = self.total is not None and self._done >= self.total
+        return (self._done - self._resumed) / elapsed if is_over else 0.0
 
     def _line(self) -> str:
         elapsed = max(time.monotonic() - self._started, 1e-9)
         rate = self._rate(elapsed)
         of = f"/{self.total:,.0f}" if self.total else ""
-        parts = [f"{self._done:,.0f}{of} {self.unit}", f"{_figure(rate)} {self.unit}/s"]
+        parts = [f"{self._done:,.0f}{of} {self.unit}"]
+        parts += [f"{_figure(rate)} {self.unit}/s"] if rate else []
         parts += [f"{name} {_figure(value)}" for name, value in self._notes.items()]
         if self.total and rate > 0 and self._done < self.total:
             parts.append(f"{duration((self.total - self._done) / rate)} left")
