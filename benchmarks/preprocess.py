@@ -28,6 +28,8 @@ from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+# Ray gives its workers a low priority; on a machine that is not idle they alone would wait.
+os.environ.setdefault("RAY_worker_niceness", "0")
 from rich.console import Console
 from rich.table import Table
 

@@ -252,7 +252,7 @@ class _PartWriter:
             compression="zstd",
             compression_level=1,
             use_dictionary=False,
-            column_encoding={"input_ids.list.item": "BYTE_STREAM_SPLIT"},
+            column_encoding={"input_ids.list.element": "BYTE_STREAM_SPLIT"},
         )
         self._waiting: list[pa.RecordBatch] = []
         self._row_groups: list[int] = []

@@ -138,7 +138,8 @@ def _new_tuner(spec: TuneSpec, trainable: Any, output: Location, concurrent: int
             time_attr="training_iteration",
             metric=search.metric,
             mode=search.mode,
-            max_t=num_evaluations(spec.trial),
+            # One more than there are: a trial that reaches its end is left to end by itself.
+            max_t=num_evaluations(spec.trial) + 1,
             grace_period=min(search.grace_evaluations, num_evaluations(spec.trial)),
             reduction_factor=search.reduction_factor,
         )

@@ -168,16 +168,18 @@ def test_tune_finds_a_best_trial_that_train_takes(chain, tmp_path):
     settings = [
         f"dataset={dataset}", "storage=runs", "train.max_steps=4", "train.eval_every=2",
         "train.batch_tokens=512", "train.eval_documents=40", "model.context=64",
+        # Another Ray is up beside this one: see "Searching" in docs/operating.md.
+        "search.scheduler=none",
     ]  # fmt: skip
-    search = artifact_of(run("tune", *settings, "num_trials=3", cwd=tmp_path))
+    search = artifact_of(run("tune", *settings, "num_trials=2", cwd=tmp_path))
     record = json.loads((search / "artifact.json").read_text())
     best = yaml.safe_load((search / "best.yaml").read_text())
     trials = json.loads((search / "trials.json").read_text())
-    assert len(trials) == record["figures"]["num_trials"] == 3
+    assert len(trials) == record["figures"]["num_trials"] == 2
     assert all(trial["error"] is None for trial in trials)
     values = [trial["value"] for trial in trials]
     assert record["figures"]["best_value"] == min(values)
-    trained = artifact_of(run("train", *settings, f"from_trial={search}", cwd=tmp_path))
+    trained = artifact_of(run("train", *settings[:-1], f"from_trial={search}", cwd=tmp_path))
     spec = json.loads((trained / "artifact.json").read_text())["spec"]
     assert spec["train"]["learning_rate"] == pytest.approx(best["train.learning_rate"])
 

@@ -35,7 +35,9 @@ def test_progress_at_its_end_is_said_once(monkeypatch):
 
 
 def test_progress_leaves_earlier_work_out_of_the_rate(monkeypatch):
-    shown = lines(monkeypatch, [(90, {"resumed": 90}), (91, {"resumed": 90}), (92, {"resumed": 90})])
+    shown = lines(
+        monkeypatch, [(90, {"resumed": 90}), (91, {"resumed": 90}), (92, {"resumed": 90})]
+    )
     rate = float(shown[-1].split("rows  ")[1].split(" rows/s")[0])
     assert rate < 0.2  # one row in some ten-second ticks, not ninety-one
 

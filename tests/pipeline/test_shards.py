@@ -86,6 +86,7 @@ def test_parts_keep_the_schema_and_their_record(dataset: Dataset) -> None:
         assert file.schema_arrow.equals(SCHEMA)
         assert file.metadata.num_rows == part.documents == sum(part.row_groups)
         assert file.metadata.row_group(0).column(1).compression == "ZSTD"
+        assert "BYTE_STREAM_SPLIT" in file.metadata.row_group(0).column(1).encodings
     dataset.split("train").verify()
 
 
