@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_data import sentences, write_dataset
+from tests.pipeline.train_data import sentences, write_dataset
 
 from della_model import Della, DellaConfig, gpt2_config
 from pipeline.shards import Dataset

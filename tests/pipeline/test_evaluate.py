@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluation_data import evaluate_spec, small_test_dataset, write_weights
+from tests.pipeline.evaluation_data import evaluate_spec, small_test_dataset, write_weights
 
 from della_model import iw_nll
 from pipeline.errors import UserError

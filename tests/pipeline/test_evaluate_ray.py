@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from evaluation_data import evaluate_spec, small_test_dataset, write_weights
+from tests.pipeline.evaluation_data import evaluate_spec, small_test_dataset, write_weights
 
 from pipeline.errors import UserError
 from pipeline.evaluation.documents import DocumentFigures

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_data import CONTEXT, small_test_dataset, write_weights
+from tests.pipeline.evaluation_data import CONTEXT, small_test_dataset, write_weights
 
 from della_model import Della
 from pipeline.errors import UserError

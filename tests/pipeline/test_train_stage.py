@@ -17,7 +17,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from train_data import small_dataset, train_spec
+from tests.pipeline.train_data import small_dataset, train_spec
 
 from pipeline.errors import UserError
 from pipeline.shards import Dataset

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from pyarrow import fs
-from train_data import small_dataset, train_spec
+from tests.pipeline.train_data import small_dataset, train_spec
 
 from pipeline.batches import MicroBatch, Position
 from pipeline.errors import UserError

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed
 from torch import multiprocessing
-from train_data import small_dataset, train_spec
+from tests.pipeline.train_data import small_dataset, train_spec
 
 from della_model import Objective
 from pipeline.batches import Position

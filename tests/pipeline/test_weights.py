@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from evaluation_data import small_test_dataset, write_weights
+from tests.pipeline.evaluation_data import small_test_dataset, write_weights
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
