@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.pipeline.train_data import sentences, write_dataset
 
 from della_model import Della, DellaConfig, gpt2_config
 from pipeline.shards import Dataset
 from pipeline.specs import EvaluateSpec
 from pipeline.storage import Location
 from pipeline.tokenization import load_tokenizer, special_ids, vocabulary_size
+from tests.pipeline.train_data import sentences, write_dataset
 
 CONTEXT = 64
 LATENT_SIZE = 5

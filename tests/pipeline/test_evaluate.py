@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.pipeline.evaluation_data import evaluate_spec, small_test_dataset, write_weights
 
 from della_model import iw_nll
 from pipeline.errors import UserError
@@ -19,6 +18,7 @@ from pipeline.shards import Dataset
 from pipeline.stages import evaluate as stage
 from pipeline.storage import Location
 from pipeline.weights import load_model
+from tests.pipeline.evaluation_data import evaluate_spec, small_test_dataset, write_weights
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from tests.pipeline.evaluation_data import evaluate_spec, small_test_dataset, write_weights
 
 from pipeline.errors import UserError
 from pipeline.evaluation.documents import DocumentFigures
@@ -19,6 +18,7 @@ from pipeline.shards import Dataset
 from pipeline.specs import EvaluateSpec
 from pipeline.stages.evaluate import run_evaluate
 from pipeline.storage import Location
+from tests.pipeline.evaluation_data import evaluate_spec, small_test_dataset, write_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 DOCUMENTS = 300  # three blocks

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pipeline.evaluation_data import CONTEXT, small_test_dataset, write_weights
 
 from della_model import Della
 from pipeline.errors import UserError
@@ -21,6 +20,7 @@ from pipeline.specs.generate import GenerateSpec
 from pipeline.storage import Location
 from pipeline.tokenization import encoder_of, special_ids
 from pipeline.weights import load_model, load_weights_tokenizer
+from tests.pipeline.evaluation_data import CONTEXT, small_test_dataset, write_weights
 
 DRAWN = Decoding(max_tokens=12, temperature=1.0, top_p=0.9)
 GREEDY = Decoding(max_tokens=12, temperature=0.0)

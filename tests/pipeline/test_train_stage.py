@@ -17,7 +17,6 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tests.pipeline.train_data import small_dataset, train_spec
 
 from pipeline.errors import UserError
 from pipeline.shards import Dataset
@@ -25,6 +24,7 @@ from pipeline.specs import TrainSpec
 from pipeline.stages.train import RUN_NAME, check_inputs, external_inputs, run_train
 from pipeline.storage import Location
 from pipeline.training.metrics import read_rows
+from tests.pipeline.train_data import small_dataset, train_spec
 
 DRIVER = Path(__file__).with_name("drive_training.py")
 

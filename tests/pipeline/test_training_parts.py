@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from pyarrow import fs
-from tests.pipeline.train_data import small_dataset, train_spec
 
 from pipeline.batches import MicroBatch, Position
 from pipeline.errors import UserError
@@ -19,6 +18,7 @@ from pipeline.training.loader import Padding, Share, TrainLoader, validation_bat
 from pipeline.training.metrics import MetricsLog, read_rows
 from pipeline.training.model import count_steps, learning_rate_schedule
 from pipeline.training.setup import batch_order
+from tests.pipeline.train_data import small_dataset, train_spec
 
 PADDING = Padding(pad_id=0, num_layers=3, latent_size=5, seed=0)
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed
 from torch import multiprocessing
-from tests.pipeline.train_data import small_dataset, train_spec
 
 from della_model import Objective
 from pipeline.batches import Position
@@ -22,6 +21,7 @@ from pipeline.storage import Location
 from pipeline.training.loader import Padding, Share, TrainLoader
 from pipeline.training.model import Vocabulary, beta_schedule, build_model, learning_rate_schedule
 from pipeline.training.setup import batch_order
+from tests.pipeline.train_data import small_dataset, train_spec
 
 pytestmark = pytest.mark.slow
 STEPS = 3

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.pipeline.evaluation_data import small_test_dataset, write_weights
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
@@ -15,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.shards import Dataset
 from pipeline.storage import Location
 from pipeline.weights import check_tokenizer, fingerprint_weights, load_model, resolve_weights
+from tests.pipeline.evaluation_data import small_test_dataset, write_weights
 
 
 @pytest.fixture(scope="module")
