@@ -212,13 +212,16 @@ def spec_values(config: Config, spec: type[Spec]) -> Config:
     return {key: value for key, value in config.items() if key in spec.model_fields}
 
 
-def ensure(name: str, spec: Spec, inputs: dict[str, str | None], storage: str) -> Artifact:
+def ensure(
+    name: str, spec: Spec, inputs: Mapping[str, str | list[str] | None], storage: str
+) -> Artifact:
     """Run one stage, or find it done; say which, and print where its artifact is."""
-    given = {
-        key: Input.of_folder(key, Location.parse(folder))
-        for key, folder in inputs.items()
-        if folder is not None
-    }
+    given: dict[str, Input | list[Input]] = {}
+    for key, value in inputs.items():
+        if isinstance(value, str):
+            given[key] = Input.of_folder(key, Location.parse(value))
+        elif value is not None:
+            given[key] = [Input.of_folder(key, Location.parse(folder)) for folder in value]
     root = Location.parse(storage)
     refuse_storage_that_vanishes(root)
     planned = plan(name, spec, given, root)

@@ -68,7 +68,7 @@ def _stage(
     if not isinstance(entry.get("run"), str):
         raise UserError(f"stage '{name}': it needs 'run:', one of {', '.join(KINDS)}.")
     kind = kind_of(entry["run"])
-    known = kind.inputs + kind.optional_inputs
+    known = kind.all_inputs
     inputs = {key: _source(entry[key]) for key in known if entry.get(key) is not None}
     settings = {key: value for key, value in entry.items() if key != "run" and key not in known}
     try:
@@ -86,7 +86,7 @@ def _stage_config(kind: StageKind, settings: Mapping[str, Any], overrides: Seque
     """Compose the stage's own config with its entry in the file, then the command line's keys."""
     given = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
     from_file = [o for o in _overrides(settings) if o.split("=", 1)[0] not in given]
-    references = [f"{key}=null" for key in (*kind.inputs, *kind.optional_inputs)]
+    references = [f"{key}=null" for key in kind.all_inputs]
     return compose(kind.name, [*references, *from_file, *overrides])
 
 

@@ -21,7 +21,7 @@ def main(config: Config) -> None:
     ensure(
         "report",
         spec,
-        {"training": config["training"], "figures": config["figures"]},
+        {name: config[name] for name in ("training", "figures", "runs")},
         config["storage"],
     )
 

@@ -78,6 +78,19 @@ class Artifact:
         return cls(folder=folder, **record)
 
 
+def numbered(name: str, index: int) -> str:
+    """The name of one input of a list: `runs.0`."""
+    return f"{name}.{index}"
+
+
+def listed(inputs: Mapping[str, Location], name: str) -> list[Location]:
+    """The folders of a list-valued input, in the order that they were given in."""
+    found: list[Location] = []
+    while (key := numbered(name, len(found))) in inputs:
+        found.append(inputs[key])
+    return found
+
+
 def asdict_shallow(artifact: Artifact) -> dict[str, Any]:
     """The record's fields without the folder: a moved folder keeps its record true."""
     plain = asdict(

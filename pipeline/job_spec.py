@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import UserError, nearest
@@ -19,6 +19,9 @@ class StageReference:
     name: str
 
 
+Source = StageReference | Location
+
+
 @dataclass(frozen=True)
 class JobStage:
     """One stage of a job: which kind, its spec, and where its inputs come from."""
@@ -26,12 +29,19 @@ class JobStage:
     name: str
     kind: str
     spec: Spec
-    inputs: Mapping[str, StageReference | Location]
+    inputs: Mapping[str, Source | Sequence[Source]]
 
     @property
     def needs(self) -> set[str]:
         """Names of the stages whose output this one reads."""
-        return {i.name for i in self.inputs.values() if isinstance(i, StageReference)}
+        return {source.name for source in self._sources() if isinstance(source, StageReference)}
+
+    def _sources(self) -> Iterator[Source]:
+        for given in self.inputs.values():
+            if isinstance(given, StageReference | Location):
+                yield given
+            else:
+                yield from given
 
 
 @dataclass(frozen=True)
@@ -81,11 +91,17 @@ class JobSpec:
         """
         planned: dict[str, Planned] = {}
         for stage in self.stages:
-            inputs = {
-                key: planned[source.name].as_input()
-                if isinstance(source, StageReference)
-                else Input.of_folder(key, source)
-                for key, source in stage.inputs.items()
+
+            def resolved(key: str, source: Source) -> Input:
+                if isinstance(source, StageReference):
+                    return planned[source.name].as_input()
+                return Input.of_folder(key, source)
+
+            inputs: dict[str, Input | list[Input]] = {
+                key: resolved(key, given)
+                if isinstance(given, StageReference | Location)
+                else [resolved(key, source) for source in given]
+                for key, given in stage.inputs.items()
             }
             planned[stage.name] = plan(stage.kind, stage.spec, inputs, storage)
             yield stage, planned[stage.name]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Literal
 
-from pipeline.artifact import Artifact, fingerprint, now, versions
+from pipeline.artifact import Artifact, fingerprint, now, numbered, versions
 from pipeline.errors import UserError, nearest
 from pipeline.specs import EvaluateSpec, PreprocessSpec, ReportSpec, Spec, TrainSpec, TuneSpec
 from pipeline.storage import Location
@@ -29,6 +29,13 @@ class StageKind:
     spec: type[Spec]
     inputs: tuple[str, ...]
     optional_inputs: tuple[str, ...] = ()
+    # Inputs that are a list of folders; a stage finds them with `pipeline.artifact.listed`.
+    list_inputs: tuple[str, ...] = ()
+
+    @property
+    def all_inputs(self) -> tuple[str, ...]:
+        """Every name that an input of this stage may have."""
+        return self.inputs + self.optional_inputs + self.list_inputs
 
     def _module(self) -> Any:
         return import_module(f"pipeline.stages.{self.name}")
@@ -53,7 +60,7 @@ KINDS: dict[str, StageKind] = {
         StageKind("train", TrainSpec, ("dataset",)),
         StageKind("tune", TuneSpec, ("dataset",)),
         StageKind("evaluate", EvaluateSpec, ("weights", "dataset")),
-        StageKind("report", ReportSpec, ("training",), ("figures",)),
+        StageKind("report", ReportSpec, (), ("training", "figures"), ("runs",)),
     )
 }
 
@@ -124,29 +131,49 @@ class Planned:
         return Input(self.output, self.fingerprint)
 
 
-def plan(name: str, spec: Spec, inputs: Mapping[str, Input], storage: Location) -> Planned:
+def plan(
+    name: str, spec: Spec, inputs: Mapping[str, Input | Sequence[Input]], storage: Location
+) -> Planned:
     """Name a stage's work by content, and see whether it is done; nothing is run.
 
     Raises:
         UserError: if an input is missing or unknown, or an external one cannot be read.
     """
     kind = kind_of(name)
-    known = kind.inputs + kind.optional_inputs
+    _check_input_names(kind, inputs)
+    flat = _numbered(inputs)
+    fingerprints = {key: given.fingerprint for key, given in flat.items()}
+    fingerprints |= kind.external_inputs(spec)
+    identity = fingerprint(name, spec.identity(), fingerprints)
+    output = storage / name / identity[:16]
+    folders = {key: given.folder for key, given in flat.items()}
+    return Planned(kind, spec, folders, fingerprints, identity, output, Artifact.find(output))
+
+
+def _check_input_names(kind: StageKind, inputs: Mapping[str, Any]) -> None:
+    known = kind.all_inputs
     for given in inputs:
         if given not in known:
             raise UserError(
-                f"{name}: unknown input '{given}'{nearest(given, known)}; its inputs are: "
+                f"{kind.name}: unknown input '{given}'{nearest(given, known)}; its inputs are: "
                 f"{', '.join(known) or 'none'}."
             )
     for needed in kind.inputs:
         if needed not in inputs:
-            raise UserError(f"{name}: '{needed}' has no value, but it is needed; set {needed}=...")
-    fingerprints = {key: given.fingerprint for key, given in inputs.items()}
-    fingerprints |= kind.external_inputs(spec)
-    identity = fingerprint(name, spec.identity(), fingerprints)
-    output = storage / name / identity[:16]
-    folders = {key: given.folder for key, given in inputs.items()}
-    return Planned(kind, spec, folders, fingerprints, identity, output, Artifact.find(output))
+            raise UserError(
+                f"{kind.name}: '{needed}' has no value, but it is needed; set {needed}=..."
+            )
+
+
+def _numbered(inputs: Mapping[str, Input | Sequence[Input]]) -> dict[str, Input]:
+    """Inputs by name; those of a list as `name.0`, `name.1`, …"""
+    flat: dict[str, Input] = {}
+    for name, given in inputs.items():
+        if isinstance(given, Input):
+            flat[name] = given
+        else:
+            flat |= {numbered(name, index): one for index, one in enumerate(given)}
+    return flat
 
 
 def run_stage(planned: Planned) -> Artifact:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.artifact import Artifact
+from pipeline.errors import UserError
 from pipeline.report.page import build_page
 from pipeline.report.render import as_html, as_markdown
 from pipeline.specs import ReportSpec
@@ -27,6 +28,8 @@ def run_report(spec: ReportSpec, inputs: dict[str, Location], output: Location) 
     Raises:
         UserError: if an input is no artifact of its stage, or they are not of the same weights.
     """
+    if "training" not in inputs:
+        raise UserError("report: 'training' has no value, but it is needed; set training=...")
     training = Artifact.load(inputs["training"])
     figures = Artifact.load(inputs["figures"]) if "figures" in inputs else None
     page = build_page(spec.title, training, figures)

@@ -96,8 +96,8 @@ def test_plan_refuses_an_unknown_stage_a_missing_and_an_unknown_input(tmp_path):
     storage = Location.parse(tmp_path)
     with pytest.raises(UserError, match="did you mean 'train'"):
         plan("trian", ReportSpec(), {}, storage)
-    with pytest.raises(UserError, match="'training' has no value"):
-        plan("report", ReportSpec(), {}, storage)
+    with pytest.raises(UserError, match="'weights' has no value"):
+        plan("evaluate", EvaluateSpec(), {}, storage)
     given = {"training": Input(storage, "1"), "figure": Input(storage, "2")}
     with pytest.raises(UserError, match="did you mean 'figures'"):
         plan("report", ReportSpec(), given, storage)
