@@ -19,14 +19,13 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import UserError
+from pipeline.noise import Purpose, generator, torch_seed
 
 Documents = NDArray[np.int64]  # indices into the whole split
 
 # Batches' worth of tokens that are sorted by length together: more pads less, fewer mixes better.
 POOL_BATCHES = 64
 
-# Each use of randomness draws from a stream of its own.
-_ROW_GROUPS, _WINDOW, _NOISE, _DROPOUT = range(4)
 VALIDATION_EPOCH = 2**32 - 1  # the "epoch" of noise that stays the same all through a run
 
 
@@ -124,7 +123,7 @@ class BatchOrder:
         tokens = np.add.reduceat(self.lengths.astype(np.int64), self.first_documents)
         groups: list[list[int]] = []
         filled = 0
-        for row_group in generator(self.seed, _ROW_GROUPS, epoch).permutation(len(tokens)):
+        for row_group in generator(self.seed, Purpose.ROW_GROUPS, epoch).permutation(len(tokens)):
             if not groups or filled + tokens[row_group] > self.shuffle_window_tokens:
                 groups.append([])
                 filled = 0
@@ -135,7 +134,7 @@ class BatchOrder:
     def _window_batches(
         self, epoch: int, index: int, row_groups: tuple[int, ...]
     ) -> list[Documents]:
-        random = generator(self.seed, _WINDOW, epoch, index)
+        random = generator(self.seed, Purpose.WINDOW, epoch, index)
         starts, rows = self.first_documents, self.row_group_rows
         documents = np.concatenate([np.arange(starts[g], starts[g] + rows[g]) for g in row_groups])
         documents = random.permutation(documents)
@@ -211,28 +210,9 @@ def split(documents: Documents, num_workers: int, accumulation: int) -> list[lis
     ]
 
 
-def generator(*key: int) -> np.random.Generator:
-    """A generator that is a pure function of its key, whole numbers of 0 or more."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
-
-
-def document_noise(
-    seed: int, epoch: int, documents: Documents, num_layers: int, latent_size: int
-) -> NDArray[np.float32]:
-    """Standard normal noise [B, L, p], a pure function of seed, epoch and each document's index."""
-    key = np.random.SeedSequence((seed, _NOISE, epoch)).generate_state(2, np.uint64)
-    noise = np.empty((len(documents), num_layers, latent_size), np.float32)
-    for row, document in zip(noise, documents, strict=True):
-        # The counter's low words count draws, so that no two documents share any.
-        bits = np.random.Philox(key=key, counter=[0, 0, int(document), 0])
-        np.random.Generator(bits).standard_normal(dtype=np.float32, out=row)
-    return noise
-
-
 def dropout_seed(seed: int, step: int, rank: int, micro: int) -> int:
     """The torch seed of one forward: set before it, no random state needs to be saved."""
-    state = np.random.SeedSequence((seed, _DROPOUT, step, rank, micro)).generate_state(1, np.uint64)
-    return int(state[0] >> 1)
+    return torch_seed(seed, Purpose.DROPOUT, step, rank, micro)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """Texts out of a model: sentences from the prior, reconstructions through the posterior.
 
-All is deterministic by seed: the latents of a document depend on the seed and its place alone, the
-tokens drawn also on which documents share its batch.
+All is deterministic by seed: the latents and the tokens of a document depend on the seed and its
+place alone, not on which documents share its batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UserError
 from pipeline.evaluation.blocks import padded
-from pipeline.evaluation.noise import Stream, document_noise, torch_seed
+from pipeline.noise import Purpose, Stream, document_noise, document_uniforms
 from pipeline.specs.generate import GenerateSpec
 from pipeline.storage import Location
 from pipeline.tokenization import encoder_of, special_ids
@@ -48,15 +47,24 @@ class Decoding:
         """Whether chance has a part in it."""
         return self.temperature > 0 and self.num_beams == 1
 
-    def options(self, context: int) -> dict[str, Any]:
-        """Arguments of transformers' `generate`; `context` is the model's longest document."""
+    def options(self, context: int, seed: int, documents: Iterable[int]) -> dict[str, Any]:
+        """Arguments of transformers' `generate`; `context` is the model's longest document.
+
+        Where tokens are drawn, each of `documents` draws by numbers of its own, keyed on the seed
+        and its place.
+        """
+        longest = min(self.max_tokens, context - 1)
         chosen: dict[str, Any] = {
-            "max_new_tokens": min(self.max_tokens, context - 1),
+            "max_new_tokens": longest,
             "num_beams": self.num_beams,
-            "do_sample": self.draws,
+            "do_sample": False,
         }
         if self.draws:
-            chosen |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+            from pipeline.sampling import DocumentSampler
+
+            numbers = document_uniforms(Stream(seed, Purpose.TOKENS), documents, longest)
+            sampler = DocumentSampler(numbers, self.temperature, self.top_k, self.top_p)
+            chosen["logits_processor"] = [sampler]
         return chosen
 
 
@@ -72,12 +80,13 @@ def sample_texts(
     import torch
 
     shape = (model.config.num_latent_layers, model.config.latent_size)
+    prior = Stream(seed, Purpose.PRIOR)
     texts: list[str] = []
     for first in range(0, num, batch_size):
         places = range(first, min(first + batch_size, num))
-        noise = torch.from_numpy(document_noise(seed, Stream.PRIOR, places, shape))
+        noise = torch.from_numpy(document_noise(prior, places, shape))
         latents = model.sample_prior(noise=noise.to(model.device))
-        texts += _decoded(model, tokenizer, latents, decoding, seed, first)
+        texts += _decoded(model, tokenizer, latents, decoding, seed, places)
     return texts
 
 
@@ -135,16 +144,17 @@ def reconstruct_documents(
     import torch
 
     shape = (model.config.num_latent_layers, model.config.latent_size)
+    posterior = Stream(seed, Purpose.RECONSTRUCTION)
     texts: list[str] = []
     for first in range(0, len(documents), batch_size):
         batch = documents[first : first + batch_size]
         places = range(first, first + len(batch))
-        noise = torch.from_numpy(document_noise(seed, Stream.RECONSTRUCTION, places, shape))
+        noise = torch.from_numpy(document_noise(posterior, places, shape))
         if latents == "mean":
             noise = torch.zeros_like(noise)
         with torch.inference_mode():
             inferred = model.infer(*padded(batch, model.device), noise.to(model.device)).latents
-        texts += _decoded(model, tokenizer, inferred, decoding, seed, first)
+        texts += _decoded(model, tokenizer, inferred, decoding, seed, places)
     return texts
 
 
@@ -160,33 +170,21 @@ def _decoded(
     latents: torch.Tensor,
     decoding: Decoding,
     seed: int,
-    first: int,
+    places: Iterable[int],
 ) -> list[str]:
     import torch
 
     special = special_ids(tokenizer)
     start = torch.full((len(latents), 1), special.bos, device=model.device)
-    with _seeded(model.device, torch_seed(seed, Stream.TOKENS, first)):
-        found = model.generate(
-            start,
-            latents=latents,
-            eos_token_id=special.eos,
-            pad_token_id=special.pad,
-            **decoding.options(context_of(model)),
-        )
+    found = model.generate(
+        start,
+        latents=latents,
+        eos_token_id=special.eos,
+        pad_token_id=special.pad,
+        **decoding.options(context_of(model), seed, places),
+    )
     encoder = encoder_of(tokenizer)
     return [encoder.decode(ids).strip() for ids in found[:, 1:].tolist()]
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Draw from a seed of one's own, and leave the caller's random state as it was."""
-    import torch
-
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def run_generate(spec: GenerateSpec, weights: Location) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.evaluation.documents import DocumentFigures, Moments
-from pipeline.evaluation.noise import Stream, document_noise
+from pipeline.noise import Purpose, Stream, document_noise
 from pipeline.specs.evaluate import EvaluationSpec
 from pipeline.storage import Location
 
@@ -129,9 +129,11 @@ class BlockEvaluator:
 
         model, settings = self._model, self._settings
         input_ids, attention_mask = padded(documents, self._device)
-        shape = (1 + settings.iw_samples, model.config.num_latent_layers, model.config.latent_size)
-        drawn = document_noise(settings.seed, Stream.LIKELIHOOD, places, shape)
-        noise = torch.from_numpy(drawn).transpose(0, 1).to(self._device)  # [1 + K, B, L, p]
+        shape = (model.config.num_latent_layers, model.config.latent_size)
+        stream = Stream(settings.seed, Purpose.LIKELIHOOD)
+        draws = range(1 + settings.iw_samples)
+        drawn = np.stack([document_noise(stream, places, shape, draw) for draw in draws])
+        noise = torch.from_numpy(drawn).to(self._device)  # [1 + K, B, L, p]
         draws_at_once = max(1, settings.batch_tokens // input_ids.numel())
         with torch.inference_mode():
             elbo = model.elbo_terms(input_ids, attention_mask, noise[0])

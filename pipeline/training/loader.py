@@ -24,10 +24,10 @@ from pipeline.batches import (
     Position,
     Window,
     cut_sorted,
-    document_noise,
     padded,
     split,
 )
+from pipeline.noise import Purpose, Stream, document_noise
 from pipeline.shards import Split
 
 PREFETCH_STEPS = 4
@@ -160,7 +160,8 @@ def make_micro_batch(
     documents: Documents, epoch: int, tokens_of: TokensOf, weight: float, padding: Padding
 ) -> MicroBatch:
     """Pad documents, with the noise that belongs to them in this epoch."""
-    noise = document_noise(padding.seed, epoch, documents, padding.num_layers, padding.latent_size)
+    stream = Stream(padding.seed, Purpose.TRAINING, epoch)
+    noise = document_noise(stream, documents, (padding.num_layers, padding.latent_size))
     return padded([tokens_of(int(d)) for d in documents], noise, weight, padding.pad_id)
 
 

@@ -13,7 +13,6 @@ from pipeline.batches import (
     accumulation_steps,
     cut_evenly,
     cut_sorted,
-    document_noise,
     dropout_seed,
     padded,
     split,
@@ -124,25 +123,6 @@ def test_accumulation_rounds_up() -> None:
     assert accumulation_steps(8192, 2048, 1) == 4
     assert accumulation_steps(8192, 2048, 3) == 2
     assert accumulation_steps(100, 2048, 3) == 1
-
-
-def test_noise_of_a_document_does_not_depend_on_its_batch() -> None:
-    together = document_noise(7, 2, np.array([5, 11, 3]), 3, 5)
-    alone = document_noise(7, 2, np.array([11]), 3, 5)
-    assert (together[1] == alone[0]).all()
-    others = [
-        document_noise(8, 2, np.array([11]), 3, 5),
-        document_noise(7, 3, np.array([11]), 3, 5),
-    ]
-    assert all((other != alone).any() for other in others)
-
-
-def test_noise_of_many_documents_is_standard_normal() -> None:
-    noise = document_noise(0, 0, np.arange(2000), 4, 8)
-    assert abs(noise.mean()) < 0.02
-    assert abs(noise.std() - 1) < 0.02
-    # Neighbouring documents share nothing.
-    assert abs((noise[1:] * noise[:-1]).mean()) < 0.02
 
 
 def test_dropout_seed_differs_by_every_argument() -> None:

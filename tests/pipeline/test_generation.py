@@ -56,9 +56,10 @@ def test_samples_are_the_seeds_alone(model: Della, tokenizer: Any) -> None:
     assert len(set(first)) > 1
 
 
-def test_greedy_texts_do_not_depend_on_the_batch(model: Della, tokenizer: Any) -> None:
-    whole = sample_texts(model, tokenizer, 5, 3, GREEDY)
-    assert sample_texts(model, tokenizer, 5, 3, GREEDY, batch_size=2) == whole
+@pytest.mark.parametrize("decoding", [GREEDY, DRAWN])
+def test_texts_do_not_depend_on_the_batch(model: Della, tokenizer: Any, decoding: Decoding) -> None:
+    whole = sample_texts(model, tokenizer, 5, 3, decoding)
+    assert sample_texts(model, tokenizer, 5, 3, decoding, batch_size=2) == whole
 
 
 def test_reconstruction_is_the_greedy_decoding_of_the_posterior_mean(
@@ -97,7 +98,7 @@ def test_beams_reach_a_text(model: Della, tokenizer: Any) -> None:
 
 
 def test_max_tokens_ends_at_the_models_context(model: Della, tokenizer: Any) -> None:
-    assert Decoding(max_tokens=500).options(CONTEXT)["max_new_tokens"] == CONTEXT - 1
+    assert Decoding(max_tokens=500).options(CONTEXT, 0, [0])["max_new_tokens"] == CONTEXT - 1
     assert sample_texts(model, tokenizer, 1, 0, Decoding(max_tokens=500))
 
 
