@@ -38,7 +38,7 @@ class Stream:
     epoch: int = 0
 
     @property
-    def key(self) -> NDArray[np.uint64]:
+    def key(self) -> NDArray[Any]:
         """The key of the counter-based generator that gives the stream's numbers."""
         return np.random.SeedSequence((self.seed, int(self.purpose), self.epoch)).generate_state(
             2, np.uint64
