@@ -10,9 +10,9 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import hydra
 import yaml
@@ -44,6 +44,26 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 Config = dict[str, Any]
 
 
+GROUPS: dict[str, type[Spec]] = {
+    "corpus": CorpusSpec,
+    "tokenizer": TokenizerSpec,
+    "model": ModelSpec,
+    "train": OptimizationSpec,
+    "deepspeed": DeepSpeedSpec,
+    "search": SearchSpec,
+    "evaluate": EvaluationSpec,
+    "generate": GenerateSpec,
+    "cluster": ClusterSpec,
+}
+# Tables whose keys are the user's own, such as `search.space`: hydra would refuse new ones.
+OPEN_TABLES = tuple(
+    f"{group}.{name}"
+    for group, spec in GROUPS.items()
+    for name, field in spec.model_fields.items()
+    if get_origin(field.annotation) is dict
+)
+
+
 def stage_reference(name: str) -> str:
     """What `${stage:NAME}` in a job's file becomes: text that `jobs/run.py` recognises."""
     return f"stage:{name}"
@@ -55,18 +75,7 @@ def register_specs() -> None:
     The files in conf/ start from these and hold only what differs: a default stands once, in the
     spec.
     """
-    groups: dict[str, type[Spec]] = {
-        "corpus": CorpusSpec,
-        "tokenizer": TokenizerSpec,
-        "model": ModelSpec,
-        "train": OptimizationSpec,
-        "deepspeed": DeepSpeedSpec,
-        "search": SearchSpec,
-        "evaluate": EvaluationSpec,
-        "generate": GenerateSpec,
-        "cluster": ClusterSpec,
-    }
-    for group, spec in groups.items():
+    for group, spec in GROUPS.items():
         ConfigStore.instance().store(group=group, name="spec", node=defaults_of(spec))
 
 
@@ -142,7 +151,20 @@ def compose(config_name: str, overrides: Sequence[str]) -> Config:
 
 def _composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
     with hydra.initialize_config_dir(version_base=None, config_dir=str(CONF)):
-        return hydra.compose(config_name, overrides=list(overrides))
+        return hydra.compose(config_name, overrides=list(_opened(overrides)))
+
+
+def _opened(overrides: Sequence[str]) -> Iterator[str]:
+    """Let an open table be given whole, in place of its default, or key by key."""
+    for override in overrides:
+        key = override.split("=", 1)[0]
+        if key in OPEN_TABLES:
+            yield f"~{key}"
+            yield f"+{override}"
+        elif key.startswith(tuple(f"{table}." for table in OPEN_TABLES)):
+            yield f"++{override}"
+        else:
+            yield override
 
 
 def plain(config: DictConfig) -> Config:

@@ -28,6 +28,10 @@ from pipeline.storage import Location
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 GPT2_SPECIAL = "<|endoftext|>"
 GPT2_FILES = ("vocab.json", "merges.txt")
+# Texts encoded at a time: the library's results for more of them outgrow the processor's caches.
+_TEXTS_AT_ONCE = 512
+# Words whose pieces a BPE remembers. The library's own 10,000 are fewer than a corpus has.
+_CACHED_WORDS = 1 << 17
 _TOKENIZER_FILES = (
     *GPT2_FILES,
     "tokenizer.json",
@@ -66,13 +70,18 @@ class Encoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
+        if hasattr(self._backend.model, "_resize_cache"):
+            self._backend.model._resize_cache(_CACHED_WORDS)
 
     def encode(self, texts: Sequence[str]) -> Documents:
         """Encode each text; the result has one document a text, in order."""
-        # The fast form leaves out the offsets of tokens in the text.
-        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        ids = [encoding.ids for encoding in encoded]
-        del encoded
+        ids: list[list[int]] = []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            # The fast form leaves out the offsets of tokens in the text.
+            encoded = self._backend.encode_batch_fast(
+                texts[start : start + _TEXTS_AT_ONCE], add_special_tokens=False
+            )
+            ids += [encoding.ids for encoding in encoded]
         lengths = np.fromiter(map(len, ids), np.int64, count=len(ids)) + 2
         offsets = np.zeros(len(ids) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])

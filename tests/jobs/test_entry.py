@@ -56,6 +56,19 @@ def test_preprocess_groups_compose_and_validate(corpus, tokenizer):
     PreprocessSpec.build(spec_values(compose("preprocess", overrides), PreprocessSpec))
 
 
+def test_search_space_given_whole_replaces_the_default():
+    space = "search.space={train.seed: {integer: [0, 3]}}"
+    config = compose("tune", ["dataset=x", "train.max_steps=3", space])
+    assert config["search"]["space"] == {"train.seed": {"integer": [0, 3]}}
+
+
+def test_open_table_takes_new_keys_one_by_one():
+    overrides = ["dataset=x", "train.max_steps=3"]
+    overrides.append("deepspeed.extra.zero_optimization.overlap_comm=false")
+    extra = compose("train", overrides)["deepspeed"]["extra"]
+    assert extra == {"zero_optimization": {"overlap_comm": False}}
+
+
 def test_conf_holds_no_default_that_the_specs_do_not():
     config = compose("evaluate", ["weights=x", "dataset=y"])
     assert EvaluateSpec.build(spec_values(config, EvaluateSpec)) == EvaluateSpec()
