@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -52,7 +52,8 @@ class BatchOrder:
     """The global batches of every epoch.
 
     Args:
-        lengths: tokens of each document, in the order of the shards.
+        lengths: tokens of each document, in the order of the shards; of conditional data, those of
+            its source counted in.
         row_group_rows: documents of each row group, in the same order.
         batch_tokens: bound on documents x longest document of a global batch, padding included.
         shuffle_window_tokens: bound on the tokens of one window; a single larger row group is a
@@ -223,28 +224,40 @@ class MicroBatch:
     attention_mask: torch.Tensor  # int64 [B, T], 1 on tokens
     noise: torch.Tensor  # float32 [B, L, p]
     document_weight: torch.Tensor  # float32 [B]; 0 on a filler
+    # Of conditional data: the sources, S tokens, padded on their own.
+    condition_ids: torch.Tensor | None = None  # int64 [B, S]
+    condition_mask: torch.Tensor | None = None  # int64 [B, S], 1 on tokens
 
-    def to(self, device: torch.device) -> MicroBatch:
-        """The same batch on a device."""
-        return MicroBatch(
-            self.input_ids.to(device, non_blocking=True),
-            self.attention_mask.to(device, non_blocking=True),
-            self.noise.to(device, non_blocking=True),
-            self.document_weight.to(device, non_blocking=True),
-        )
+    def arguments(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """What there is of it, on a device, by the names of the objective's arguments."""
+        given = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {n: t.to(device, non_blocking=True) for n, t in given if t is not None}
 
 
 def padded(
-    tokens: Sequence[NDArray[np.int32]], noise: NDArray[np.float32], weight: float, pad_id: int
+    tokens: Sequence[NDArray[np.int32]],
+    noise: NDArray[np.float32],
+    weight: float,
+    pad_id: int,
+    conditions: Sequence[NDArray[np.int32]] | None = None,
 ) -> MicroBatch:
     """Pad documents on the right to their longest; each weighs `weight` in the loss."""
+    input_ids, mask = pad_right(tokens, pad_id)
+    return MicroBatch(
+        input_ids,
+        mask,
+        torch.from_numpy(noise),
+        torch.full((len(tokens),), weight, dtype=torch.float32),
+        *((None, None) if conditions is None else pad_right(conditions, pad_id)),
+    )
+
+
+def pad_right(
+    tokens: Sequence[NDArray[np.int32]], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, and a mask that is 1 on them, both int64 [B, T]."""
     lengths = np.array([len(document) for document in tokens])
     input_ids = np.full((len(tokens), lengths.max()), pad_id, np.int64)
     mask = np.arange(lengths.max()) < lengths[:, None]
     input_ids[mask] = np.concatenate(tokens)
-    return MicroBatch(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(mask.astype(np.int64)),
-        torch.from_numpy(noise),
-        torch.full((len(tokens),), weight, dtype=torch.float32),
-    )
+    return torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -32,6 +32,10 @@ SCHEMA = pa.schema(
         pa.field("num_words", pa.int32(), nullable=False),
     ]
 )
+# Of conditional data: what the document is to be generated from, framed as a document too.
+CONDITIONAL_SCHEMA = SCHEMA.append(
+    pa.field("condition_ids", SCHEMA.field("input_ids").type)
+).append(pa.field("condition_length", pa.int32(), nullable=False))
 _READ_BYTES = 1 << 20
 _READ_THREADS = 8
 
@@ -93,12 +97,25 @@ class Part:
     bytes: int
     sha256: str
     row_groups: tuple[int, ...]  # documents of each
+    # Of conditional data: tokens of the sources, of the longest source, of the longest source with
+    # its document. 0 where there are none.
+    condition_tokens: int = 0
+    max_condition_length: int = 0
+    max_pair_length: int = 0
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Part:
         """Read the manifest's entry."""
-        values = {field.name: record[field.name] for field in fields(cls)}
+        values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
         return cls(**values | {"row_groups": tuple(record["row_groups"])})
+
+    def record(self) -> dict[str, Any]:
+        """The manifest's entry; without conditions it says nothing of them."""
+        values = asdict(self)
+        if not self.condition_tokens:
+            for name in ("condition_tokens", "max_condition_length", "max_pair_length"):
+                del values[name]
+        return values
 
 
 @dataclass(frozen=True)
@@ -134,6 +151,21 @@ class Split:
         """Tokens of the longest document, with BOS and EOS."""
         return max(part.max_length for part in self.parts)
 
+    @property
+    def is_conditional(self) -> bool:
+        """Whether every document has a source that it is to be generated from."""
+        return self.max_condition_length > 0
+
+    @property
+    def max_condition_length(self) -> int:
+        """Tokens of the longest source, with BOS and EOS; 0 without sources."""
+        return max(part.max_condition_length for part in self.parts)
+
+    @property
+    def max_pair_length(self) -> int:
+        """Tokens of the longest document together with its source; 0 without sources."""
+        return max(part.max_pair_length for part in self.parts)
+
     @cached_property
     def row_groups(self) -> list[RowGroup]:
         """All row groups, in document order; known from the manifest, no part is opened."""
@@ -153,21 +185,36 @@ class Split:
         """Words of every document, int32, in document order; only that column is read."""
         return self._column("num_words")
 
+    def condition_lengths(self) -> np.ndarray:
+        """Tokens of every document's source, int32; zeros where there are no sources."""
+        if not self.is_conditional:
+            return np.zeros(self.num_documents, np.int32)
+        return self._column("condition_length")
+
     def read_row_group(self, index: int) -> Documents:
         """Read the documents of `row_groups[index]`.
 
         Raises:
             UserError: if the part is missing or damaged.
         """
+        return self._read_tokens(index, "input_ids")
+
+    def read_conditions(self, index: int) -> Documents:
+        """Read the sources of the documents of `row_groups[index]`, of conditional data.
+
+        Raises:
+            UserError: if the part is missing or damaged.
+        """
+        return self._read_tokens(index, "condition_ids")
+
+    def _read_tokens(self, index: int, column: str) -> Documents:
         group = self.row_groups[index]
         part = self.parts[group.part_index]
 
         def read(file: pq.ParquetFile) -> pa.Table:
-            return file.read_row_group(
-                group.row_group_index, columns=["input_ids"], use_threads=False
-            )
+            return file.read_row_group(group.row_group_index, columns=[column], use_threads=False)
 
-        documents = Documents.from_arrow(self._read(part, read).column("input_ids"))
+        documents = Documents.from_arrow(self._read(part, read).column(column))
         if len(documents) != group.num_rows:
             raise self._damaged(
                 part, f"{len(documents)} documents where {group.num_rows} should be"

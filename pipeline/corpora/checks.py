@@ -46,7 +46,8 @@ def require_text_column(source: str, name: str, schema: pa.Schema) -> None:
     if name not in schema.names:
         raise UserError(
             f"{source} has no column '{name}'{nearest(name, schema.names)}: its columns are "
-            f"{', '.join(schema.names)}; set corpus.text_field to the one that holds the text."
+            f"{', '.join(schema.names)}; set corpus.text_field (of a source: corpus.source_field) "
+            "to the one that holds it."
         )
     kind = schema.field(name).type
     inner = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -56,7 +57,7 @@ def require_text_column(source: str, name: str, schema: pa.Schema) -> None:
     if not is_text:
         raise UserError(
             f"{source}: the column '{name}' holds {kind}, but a document is text; set "
-            "corpus.text_field to a column of strings."
+            "corpus.text_field or corpus.source_field to a column of strings."
         )
 
 

@@ -33,6 +33,11 @@ def commit(
                 "max_length": max(part["max_length"] for part in parts),
                 "parts": parts,
             }
+            if "condition_tokens" in parts[0]:
+                splits[split]["condition_tokens"] = sum(p["condition_tokens"] for p in parts)
+                splits[split]["max_condition_length"] = max(
+                    p["max_condition_length"] for p in parts
+                )
     rejected: dict[str, int] = {}
     for record in records:
         for reason, count in record.rejected.items():
@@ -63,12 +68,17 @@ def _clear_all_but(named: set[str], output: Location) -> None:
     (output / UNITS).delete()
 
 
+_FIGURES = (
+    "documents", "tokens", "words", "max_length", "condition_tokens", "max_condition_length",
+)  # fmt: skip
+
+
 def figures_of(
     manifest: dict[str, Any], rows_per_s: float | None, tokens_per_s: float | None
 ) -> dict[str, Any]:
     """The figures of the stage's record, out of a manifest."""
     splits = {
-        name: {key: split[key] for key in ("documents", "tokens", "words", "max_length")}
+        name: {key: split[key] for key in _FIGURES if key in split}
         for name, split in manifest["splits"].items()
     }
     return {
@@ -83,16 +93,19 @@ def figures_of(
 
 def print_table(console: Console, manifest: dict[str, Any]) -> None:
     """Show what became of the corpus."""
-    table = Table("split", "documents", "tokens", "words", "longest", title="dataset")
+    columns = {"documents": "documents", "tokens": "tokens", "words": "words",
+               "max_length": "longest"}  # fmt: skip
+    if any("condition_tokens" in split for split in manifest["splits"].values()):
+        columns |= {"condition_tokens": "source tokens", "max_condition_length": "longest source"}
+    table = Table("split", *columns.values(), title="dataset")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, split in manifest["splits"].items():
-        values = (split[key] for key in ("documents", "tokens", "words", "max_length"))
-        table.add_row(name, *(f"{value:,}" for value in values))
+        table.add_row(name, *(f"{split[key]:,}" for key in columns))
     rejected = manifest["rejected"]
     table.add_section()
-    table.add_row("rejected", f"{sum(rejected.values()):,}", "", "", "")
+    table.add_row("rejected", f"{sum(rejected.values()):,}")
     for reason, count in sorted(rejected.items(), key=lambda item: -item[1]):
-        table.add_row(f"  {reason}", f"{count:,}", "", "", "")
-    table.add_row("blank lines", f"{manifest['blank']:,}", "", "", "")
+        table.add_row(f"  {reason}", f"{count:,}")
+    table.add_row("blank lines", f"{manifest['blank']:,}")
     console.print(table)

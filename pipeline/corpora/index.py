@@ -99,7 +99,7 @@ def _index_files(
             for file in listing.files:
                 if not file.size:
                     continue
-                index = _index_file(file, kind, unit_bytes, corpus.text_field)
+                index = _index_file(file, kind, unit_bytes, corpus.text_fields)
                 files.append(InputFile(target, file.name, file.size, index.sha256))
                 units += _numbered(index.pieces, len(units), target, kind, file)
                 shown.add(file.size)
@@ -125,14 +125,16 @@ def _numbered(
         )  # fmt: skip
 
 
-def _index_file(file: FoundFile, kind: Format, unit_bytes: int, text_field: str) -> _FileIndex:
-    key = (str(file.location), file.size, file.modified_ns, kind, unit_bytes, text_field)
+def _index_file(
+    file: FoundFile, kind: Format, unit_bytes: int, text_fields: tuple[str, ...]
+) -> _FileIndex:
+    key = (str(file.location), file.size, file.modified_ns, kind, unit_bytes, text_fields)
     if key not in _seen:
         if file.name.endswith(".gz") or kind == "csv":
             whole = _Piece(None, 1, None, file.size)
             _seen[key] = _FileIndex(sha256_of(file.location), [whole])
         elif kind == "parquet":
-            pieces = _row_groups(file, unit_bytes, text_field)
+            pieces = _row_groups(file, unit_bytes, text_fields)
             _seen[key] = _FileIndex(sha256_of(file.location), pieces)
         else:
             _seen[key] = _byte_ranges(file, unit_bytes)
@@ -165,14 +167,15 @@ def _byte_ranges(file: FoundFile, unit_bytes: int) -> _FileIndex:
     return _FileIndex(found.hexdigest(), pieces)
 
 
-def _row_groups(file: FoundFile, unit_bytes: int, text_field: str) -> list[_Piece]:
+def _row_groups(file: FoundFile, unit_bytes: int, text_fields: tuple[str, ...]) -> list[_Piece]:
     """Cut a Parquet file into runs of row groups, from its footer alone."""
     try:
         with pq.ParquetFile(file.location.path, filesystem=file.location.filesystem) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise damaged(str(file.location), "Parquet", error) from None
-    require_text_column(str(file.location), text_field, schema)
+    for name in text_fields:
+        require_text_column(str(file.location), name, schema)
     pieces: list[_Piece] = []
     start = rows = size = 0
     first_row = 1
@@ -191,7 +194,8 @@ def _index_hub(corpus: CorpusSpec, shard_bytes: int) -> CorpusIndex:
     by_hash = list(listing.slices) == ["train"]
     units: list[Unit] = []
     for split, part in listing.slices.items():
-        require_text_column(corpus.path or "", corpus.text_field, part.schema)
+        for name in corpus.text_fields:
+            require_text_column(corpus.path or "", name, part.schema)
         pieces = max(1, -(-part.bytes // unit_size(listing.bytes, shard_bytes)))
         edges = [part.rows * i // pieces for i in range(pieces + 1)]
         target = None if by_hash else split

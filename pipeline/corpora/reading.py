@@ -10,8 +10,9 @@ import gzip
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -133,7 +134,8 @@ def _read_lines(
 
 
 def _parse_json(piece: Lines, limits: Limits) -> Batch:
-    texts: list[str] = []
+    fields = _fields(limits)
+    columns: dict[str, list[str]] = {name: [] for name in fields}
     numbers: list[int] = []
     rejected: list[Rejection] = []
     blank = 0
@@ -146,13 +148,33 @@ def _parse_json(piece: Lines, limits: Limits) -> Batch:
         except (ValueError, RecursionError):
             reason: str | None = "broken JSON"
         else:
-            reason = _field_problem(value, limits.text_field)
+            problems = (_field_problem(value, name) for name in fields)
+            reason = next((problem for problem in problems if problem), None)
         if reason is None:
-            texts.append(value[limits.text_field])
+            for name, column in columns.items():
+                column.append(value[name])
             numbers.append(number)
         else:
             rejected.append(Rejection(number, reason, excerpt(line)))
-    return screen(texts, numbers, limits, rejected, blank)
+    return _screen_fields(columns, numbers, limits, rejected, blank)
+
+
+def _fields(limits: Limits) -> list[str]:
+    """The fields that are read: the document's, and its source's where the data has one."""
+    return [limits.text_field] + ([limits.source_field] if limits.source_field else [])
+
+
+def _screen_fields(
+    columns: Mapping[str, list[str]],
+    lines: Sequence[int],
+    limits: Limits,
+    rejected: Iterable[Rejection] = (),
+    blank: int = 0,
+) -> Batch:
+    texts = columns[limits.text_field]
+    if limits.source_field is None:
+        return screen(texts, lines, limits, rejected, blank)
+    return screen_pairs(columns[limits.source_field], texts, lines, limits, rejected)
 
 
 def _field_problem(value: object, name: str) -> str | None:
@@ -165,17 +187,18 @@ def _field_problem(value: object, name: str) -> str | None:
 
 def _read_parquet(unit: Unit, file: pq.ParquetFile, limits: Limits) -> Iterator[Batch]:
     if unit.span is None:  # a compressed one could not be looked into before
-        require_text_column(unit.source_name, limits.text_field, file.schema_arrow)
+        for name in _fields(limits):
+            require_text_column(unit.source_name, name, file.schema_arrow)
     groups = range(*unit.span) if unit.span else range(file.num_row_groups)
     row = unit.first_line
     batches = file.iter_batches(
-        batch_size=ROWS_AT_ONCE, row_groups=list(groups), columns=[limits.text_field],
+        batch_size=ROWS_AT_ONCE, row_groups=list(groups), columns=_fields(limits),
         use_threads=False,
     )  # fmt: skip
     for batch in batches:
-        column = batch.column(0)
-        yield _screen_column(_strings(column), row, limits)
-        row += len(column)
+        columns = {name: _strings(batch.column(name)) for name in _fields(limits)}
+        yield _screen_columns(columns, row, limits)
+        row += batch.num_rows
 
 
 def _strings(column: pa.Array) -> list[str | None]:
@@ -195,20 +218,26 @@ def _read_hub(unit: Unit, source: HubSlice, limits: Limits) -> Iterator[Batch]:
     dataset = hub.load(source)
     for start in range(*unit.span, ROWS_AT_ONCE):
         stop = min(start + ROWS_AT_ONCE, unit.span[1])
-        yield _screen_column(dataset[start:stop][limits.text_field], start + 1, limits)
+        columns = dataset[start:stop]
+        columns = {name: columns[name] for name in _fields(limits)}
+        yield _screen_columns(columns, start + 1, limits)
 
 
-def _screen_column(values: list[str | None], first_row: int, limits: Limits) -> Batch:
-    texts: list[str] = []
+def _screen_columns(
+    columns: Mapping[str, list[str | None]], first_row: int, limits: Limits
+) -> Batch:
+    kept: dict[str, list[str]] = {name: [] for name in columns}
     rows: list[int] = []
     rejected: list[Rejection] = []
-    for row, value in enumerate(values, first_row):
-        if value is None:
-            rejected.append(Rejection(row, f"no field '{limits.text_field}'", ""))
-        else:
-            texts.append(value)
-            rows.append(row)
-    return screen(texts, rows, limits, rejected)
+    for row, values in enumerate(zip(*columns.values(), strict=True), first_row):
+        absent = next((n for n, v in zip(columns, values, strict=True) if v is None), None)
+        if absent is not None:
+            rejected.append(Rejection(row, f"no field '{absent}'", ""))
+            continue
+        rows.append(row)
+        for column, value in zip(kept.values(), values, strict=True):
+            column.append(value or "")
+    return _screen_fields(kept, rows, limits, rejected)
 
 
 def screen(
@@ -239,6 +268,39 @@ def screen(
             kept_lines.append(line)
     found.sort(key=lambda rejection: rejection.line)
     return Batch(kept.texts, kept_lines, kept.num_words, found, blank)
+
+
+def screen_pairs(
+    sources: list[str],
+    texts: list[str],
+    lines: Sequence[int],
+    limits: Limits,
+    rejected: Iterable[Rejection] = (),
+) -> Batch:
+    """As `screen`, of documents with their sources; a pair with an empty half is rejected."""
+    kept = Batch([], [], [], list(rejected), sources=[])
+    assert kept.sources is not None
+    kept_lines: list[int] = []
+    rows = zip(sources, texts, lines, count_words(texts), strict=True)
+    for source, text, line, num_words in rows:
+        reason = _pair_problem(str(limits.source_field), source, limits)
+        reason = reason or _pair_problem(limits.text_field, text, limits)
+        if reason:
+            kept.rejected.append(Rejection(line, reason, excerpt(text or source)))
+            continue
+        kept.texts.append(text)
+        kept.sources.append(source)
+        kept.num_words.append(num_words)
+        kept_lines.append(line)
+    kept.rejected.sort(key=lambda rejection: rejection.line)
+    return replace(kept, lines=kept_lines)
+
+
+def _pair_problem(name: str, text: str, limits: Limits) -> str | None:
+    if not text.strip():
+        return f"empty field '{name}'"
+    problem = _problem(text, limits)
+    return problem and f"{problem}, in field '{name}'"
 
 
 def count_words(texts: Sequence[str]) -> list[int]:

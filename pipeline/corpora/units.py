@@ -64,10 +64,11 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a document must keep to, and which field holds it."""
+    """What a document must keep to, and which fields hold it."""
 
     text_field: str
     max_document_bytes: int
+    source_field: str | None = None  # of conditional data: the field that holds the source
 
 
 @dataclass(frozen=True)
@@ -88,3 +89,4 @@ class Batch:
     num_words: list[int]  # of each text, separated by white space
     rejected: list[Rejection] = field(default_factory=list)
     blank: int = 0  # lines without anything but white space
+    sources: list[str] | None = None  # of conditional data: what each text is conditional on

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer
 from pipeline.artifact import digest
 from pipeline.corpora.reading import excerpt, read_unit
 from pipeline.corpora.units import Batch, Limits, Rejection, Unit
-from pipeline.shards import SCHEMA, Part
+from pipeline.shards import CONDITIONAL_SCHEMA, SCHEMA, Documents, Part
 from pipeline.storage import Location
 from pipeline.tokenization import Encoder, SpecialIds, rust_threads
 
@@ -39,7 +40,10 @@ class HashSplit:
     test_fraction: float
 
     def of(self, document_id: str) -> str:
-        """The split of a document: the same wherever and however often its text stands."""
+        """The split of a document: the same wherever and however often its text stands.
+
+        Of conditional data it is the id of the source: what one source leads to stays together.
+        """
         share = int(document_id[:13], 16) / 16**13
         if share < self.test_fraction:
             return "test"
@@ -61,6 +65,7 @@ class Recipe:
     special: SpecialIds
     limits: Limits
     max_tokens: int | None
+    max_source_tokens: int | None
     hash_split: HashSplit | None
     versions: dict[str, str]
 
@@ -73,6 +78,7 @@ class Recipe:
                 "tokenizer": self.tokenizer_fingerprint,
                 "limits": asdict(self.limits),
                 "max_tokens": self.max_tokens,
+                "max_source_tokens": self.max_source_tokens,
                 "hash_split": None if self.hash_split is None else asdict(self.hash_split),
                 "versions": self.versions,
             }
@@ -116,14 +122,15 @@ def process_unit(unit: Unit, recipe: Recipe) -> UnitRecord:
     encoder = _encoder(recipe)
     record = UnitRecord(unit.number, recipe.key(unit))
     name = f"part-{unit.number:05d}"
-    with _Outputs(recipe.output, name) as outputs, rust_threads(False):
+    schema = SCHEMA if recipe.limits.source_field is None else CONDITIONAL_SCHEMA
+    with _Outputs(recipe.output, name, schema) as outputs, rust_threads(False):
         for batch in read_unit(unit, recipe.limits):
             record.blank += batch.blank
             rejected = batch.rejected
             if batch.texts:
-                table, too_long = _encoded(batch, encoder, recipe.max_tokens)
+                kept, too_long, table = _encoded(batch, encoder, recipe)
                 rejected = sorted(rejected + too_long, key=lambda r: r.line)
-                for split, rows in _by_split(table, unit, recipe.hash_split):
+                for split, rows in _by_split(table, kept, unit, recipe.hash_split):
                     outputs.part(split).add(rows)
             if rejected:
                 _note(record, rejected, unit.source_name)
@@ -146,38 +153,58 @@ def _encoder(recipe: Recipe) -> Encoder:
 
 
 def _encoded(
-    batch: Batch, encoder: Encoder, max_tokens: int | None
-) -> tuple[pa.RecordBatch, list[Rejection]]:
+    batch: Batch, encoder: Encoder, recipe: Recipe
+) -> tuple[list[str], list[Rejection], pa.RecordBatch]:
+    """The texts that decide on the split, what is too long, and the rows of the rest."""
     documents = encoder.encode(batch.texts)
-    lengths = documents.lengths
+    named = batch.texts
     columns = [
-        pa.array([document_id(text) for text in batch.texts], pa.string()),
-        pa.ListArray.from_arrays(
-            pa.array(documents.offsets.astype(np.int32)),
-            pa.array(documents.values),
-            type=SCHEMA.field("input_ids").type,
-        ),
-        pa.array(lengths),
+        _token_column(documents),
+        pa.array(documents.lengths),
         pa.array(batch.num_words, pa.int32()),
     ]
-    table = pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
-    if max_tokens is None or lengths.max() <= max_tokens:
-        return table, []
-    reason = "longer than corpus.max_tokens"
-    too_long = [
-        Rejection(batch.lines[i], reason, excerpt(batch.texts[i]))
-        for i in np.flatnonzero(lengths > max_tokens).tolist()
-    ]
-    return table.filter(pa.array(lengths <= max_tokens)), too_long
+    limits = [(documents.lengths, recipe.max_tokens, "corpus.max_tokens")]
+    schema = SCHEMA
+    if batch.sources is not None:
+        sources = encoder.encode(batch.sources)
+        columns += [_token_column(sources), pa.array(sources.lengths)]
+        limits.append((sources.lengths, recipe.max_source_tokens, "corpus.max_source_tokens"))
+        schema = CONDITIONAL_SCHEMA
+        # Neither half holds a NUL, so that no two pairs come to the same text.
+        named = [f"{s}\0{t}" for s, t in zip(batch.sources, batch.texts, strict=True)]
+    names = pa.array([document_id(text) for text in named], pa.string())
+    table = pa.RecordBatch.from_arrays([names, *columns], schema=schema)
+    keys = batch.texts if batch.sources is None else batch.sources
+    fits = np.ones(len(batch.texts), bool)
+    too_long: list[Rejection] = []
+    for lengths, most, key in limits:
+        if most is None:
+            continue
+        too_long += [
+            Rejection(batch.lines[i], f"longer than {key}", excerpt(batch.texts[i]))
+            for i in np.flatnonzero(fits & (lengths > most)).tolist()
+        ]
+        fits &= lengths <= most
+    if fits.all():
+        return keys, [], table
+    return list(compress(keys, fits)), too_long, table.filter(pa.array(fits))
+
+
+def _token_column(documents: Documents) -> pa.ListArray:
+    return pa.ListArray.from_arrays(
+        pa.array(documents.offsets.astype(np.int32)),
+        pa.array(documents.values),
+        type=SCHEMA.field("input_ids").type,
+    )
 
 
 def _by_split(
-    table: pa.RecordBatch, unit: Unit, hash_split: HashSplit | None
+    table: pa.RecordBatch, keys: list[str], unit: Unit, hash_split: HashSplit | None
 ) -> Iterator[tuple[str, pa.RecordBatch]]:
     if unit.split is not None or hash_split is None:
         yield unit.split or "train", table
         return
-    splits = [hash_split.of(name) for name in table.column("document_id").to_pylist()]
+    splits = [hash_split.of(document_id(key)) for key in keys]
     present = sorted(set(splits))
     for split in present:
         mine = [name == split for name in splits]
@@ -243,21 +270,23 @@ class _Sink:
 class _PartWriter:
     """One Parquet file, written a row group at a time."""
 
-    def __init__(self, folder: Location, file: str) -> None:
+    def __init__(self, folder: Location, file: str, schema: pa.Schema) -> None:
         self._file = file
         self._sink = _Sink(folder / file)
+        tokens = [f.name for f in schema if pa.types.is_list(f.type)]
         self._writer = pq.ParquetWriter(
             pa.PythonFile(self._sink, mode="w"),
-            SCHEMA,
+            schema,
             compression="zstd",
             compression_level=1,
             use_dictionary=False,
-            column_encoding={"input_ids.list.element": "BYTE_STREAM_SPLIT"},
+            column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in tokens},
         )
         self._waiting: list[pa.RecordBatch] = []
         self._row_groups: list[int] = []
         self._rows = self._tokens = 0  # of what waits
         self._documents = self._all_tokens = self._words = self._longest = 0
+        self._source_tokens = self._longest_source = self._longest_pair = 0
 
     def add(self, rows: pa.RecordBatch) -> None:
         """Take documents; they are written when there are enough for a row group."""
@@ -272,6 +301,13 @@ class _PartWriter:
         self._all_tokens += tokens
         self._words += int(rows.column("num_words").to_numpy().sum(dtype=np.int64))
         self._longest = max(self._longest, int(lengths.max()))
+        if "condition_length" in rows.schema.names:
+            sources = rows.column("condition_length").to_numpy()
+            source_tokens = int(sources.sum(dtype=np.int64))
+            self._tokens += source_tokens
+            self._source_tokens += source_tokens
+            self._longest_source = max(self._longest_source, int(sources.max()))
+            self._longest_pair = max(self._longest_pair, int((sources + lengths).max()))
         if self._rows >= _GROUP_ROWS or self._tokens >= _GROUP_TOKENS:
             self._write()
 
@@ -292,9 +328,10 @@ class _PartWriter:
         checksum = self._sink.commit()
         part = Part(
             self._file, self._documents, self._all_tokens, self._words, self._longest,
-            self._sink.bytes, checksum, tuple(self._row_groups),
+            self._sink.bytes, checksum, tuple(self._row_groups), self._source_tokens,
+            self._longest_source, self._longest_pair,
         )  # fmt: skip
-        return asdict(part)
+        return part.record()
 
     def abandon(self) -> None:
         """Leave nothing behind."""
@@ -305,8 +342,8 @@ class _PartWriter:
 class _Outputs:
     """The files that one unit writes, each opened when there is something for it."""
 
-    def __init__(self, folder: Location, name: str) -> None:
-        self._folder, self._name = folder, name
+    def __init__(self, folder: Location, name: str, schema: pa.Schema) -> None:
+        self._folder, self._name, self._schema = folder, name, schema
         self._parts: dict[str, _PartWriter] = {}
         self._rejected: _Sink | None = None
 
@@ -316,7 +353,8 @@ class _Outputs:
     def part(self, split: str) -> _PartWriter:
         """The part of a split."""
         if split not in self._parts:
-            self._parts[split] = _PartWriter(self._folder, f"{split}/{self._name}.parquet")
+            file = f"{split}/{self._name}.parquet"
+            self._parts[split] = _PartWriter(self._folder, file, self._schema)
         return self._parts[split]
 
     def reject(self, rejected: list[Rejection], source: str) -> None:

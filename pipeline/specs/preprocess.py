@@ -10,6 +10,7 @@ from pipeline.specs.base import NotIdentity, Spec
 from pipeline.specs.cluster import ClusterSpec
 
 CorpusKind = Literal["text", "jsonl", "parquet", "csv", "hf", "python_docs"]
+_KINDS_WITH_SOURCES = ("jsonl", "parquet", "hf")
 
 
 class CorpusSpec(Spec):
@@ -29,6 +30,9 @@ class CorpusSpec(Spec):
     name: str | None = None
     revision: str | None = None
     text_field: str = "text"
+    # Conditional data (source → target): the field that the document of `text_field` is to be
+    # generated from.
+    source_field: str | None = None
     valid_fraction: float = Field(0.05, ge=0, lt=1)
     test_fraction: float = Field(0.05, ge=0, lt=1)
     # Share of documents that may be rejected before the run stops and says so.
@@ -36,6 +40,29 @@ class CorpusSpec(Spec):
     # Longer documents go to rejected/: in bytes of UTF-8, and in tokens with BOS and EOS.
     max_document_bytes: int = Field(1_000_000, gt=0)
     max_tokens: int | None = Field(None, gt=2)
+    max_source_tokens: int | None = Field(None, gt=2)
+
+    @property
+    def text_fields(self) -> tuple[str, ...]:
+        """The fields that hold text: the document's, and its source's where there is one."""
+        return (self.text_field,) + ((self.source_field,) if self.source_field else ())
+
+    @model_validator(mode="after")
+    def _can_have_sources(self) -> Self:
+        if self.source_field is not None and self.kind not in _KINDS_WITH_SOURCES:
+            raise ValueError(
+                f"corpus.source_field={self.source_field} needs a corpus whose documents have "
+                f"fields: corpus is one of {', '.join(_KINDS_WITH_SOURCES)}, not {self.kind}"
+            )
+        if self.source_field is not None and self.source_field == self.text_field:
+            raise ValueError(
+                f"corpus.source_field and corpus.text_field are both '{self.text_field}': the "
+                "document would be given as its own source; name the field of the target in "
+                "corpus.text_field"
+            )
+        if self.source_field is None and self.max_source_tokens is not None:
+            raise ValueError("corpus.max_source_tokens is for data with a corpus.source_field")
+        return self
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Self:

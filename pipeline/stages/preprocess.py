@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def recipe_of(
         UserError: if the tokenizer cannot be loaded, or there is nothing to train it on.
     """
     corpus = spec.corpus
-    limits = Limits(corpus.text_field, corpus.max_document_bytes)
+    limits = Limits(corpus.text_field, corpus.max_document_bytes, corpus.source_field)
     shares = HashSplit(corpus.valid_fraction, corpus.test_fraction) if index.by_hash else None
     tokenizer = _tokenizer(spec.tokenizer, index, limits, shares, output / "tokenizer", console)
     special, fingerprint = special_ids(tokenizer), fingerprint_tokenizer(tokenizer)
@@ -152,6 +153,7 @@ def recipe_of(
         special=special,
         limits=limits,
         max_tokens=corpus.max_tokens,
+        max_source_tokens=corpus.max_source_tokens,
         hash_split=shares,
         versions={k: v for k, v in versions().items() if k in ("python", "tokenizers", "pyarrow")},
     )
@@ -214,11 +216,12 @@ def _training_texts(
     with Progress("train tokenizer", sum(u.bytes for u in units), "bytes", console) as progress:
         for unit in units:
             for batch in read_unit(unit, limits):
-                texts = batch.texts
-                if shares is not None:
-                    texts = [t for t in texts if shares.of(document_id(t)) == "train"]
+                # Of conditional data, a pair goes where the hash of its source says.
+                keys = batch.texts if batch.sources is None else batch.sources
+                chosen = [shares is None or shares.of(document_id(key)) == "train" for key in keys]
+                texts = list(compress(batch.texts, chosen))
                 documents += len(texts)
-                yield texts
+                yield texts + list(compress(batch.sources or (), chosen))
             done += unit.bytes
             progress.update(done, documents=documents)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +61,7 @@ class StepBatch:
     next_position: Position
     micro_batches: tuple[MicroBatch, ...]
     num_documents: int  # of the global batch
-    num_tokens: int  # that the global batch predicts: all but padding and BOS
+    num_tokens: int  # that the global batch predicts: all but padding, BOS and sources
 
 
 class TrainLoader:
@@ -77,6 +78,7 @@ class TrainLoader:
     ) -> None:
         self._split, self._order, self._start = split, order, start
         self._share, self._padding = share, padding
+        self._lengths = split.lengths()  # without sources, whose tokens are not predicted
         self.waited_s = 0.0
         self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(PREFETCH_STEPS)
         self._stopped = threading.Event()
@@ -144,7 +146,7 @@ class TrainLoader:
                     for part in parts
                 ),
                 len(documents),
-                int(self._order.lengths[documents].sum()) - len(documents),
+                int(self._lengths[documents].sum()) - len(documents),
             )
 
     def _micro_batch(
@@ -153,7 +155,14 @@ class TrainLoader:
         return make_micro_batch(documents, epoch, tokens_of, weight, self._padding)
 
 
-TokensOf = Callable[[int], NDArray[np.int32]]
+class Tokens(NamedTuple):
+    """A document's token ids, and its source's where the data is conditional."""
+
+    document: NDArray[np.int32]
+    condition: NDArray[np.int32] | None
+
+
+TokensOf = Callable[[int], Tokens]
 
 
 def make_micro_batch(
@@ -162,21 +171,28 @@ def make_micro_batch(
     """Pad documents, with the noise that belongs to them in this epoch."""
     stream = Stream(padding.seed, Purpose.TRAINING, epoch)
     noise = document_noise(stream, documents, (padding.num_layers, padding.latent_size))
-    return padded([tokens_of(int(d)) for d in documents], noise, weight, padding.pad_id)
+    tokens = [tokens_of(int(d)) for d in documents]
+    conditions = [t.condition for t in tokens if t.condition is not None]
+    return padded([t.document for t in tokens], noise, weight, padding.pad_id, conditions or None)
 
 
 def read_window(split: Split, order: BatchOrder, window: Window) -> TokensOf:
-    """Read a window's row groups; return the token ids of a document by its index."""
+    """Read a window's row groups; return the tokens of a document by its index."""
     return read_row_groups(split, order.first_documents, window.row_groups)
 
 
 def read_row_groups(split: Split, first: Documents, row_groups: Sequence[int]) -> TokensOf:
-    """Read row groups; return the token ids of a document by its index in the split."""
+    """Read row groups; return the tokens of a document by its index in the split."""
     held = {index: split.read_row_group(index) for index in row_groups}
+    conditions = {
+        index: split.read_conditions(index) for index in row_groups if split.is_conditional
+    }
 
-    def tokens_of(document: int) -> NDArray[np.int32]:
+    def tokens_of(document: int) -> Tokens:
         row_group = int(np.searchsorted(first, document, side="right")) - 1
-        return held[row_group][document - int(first[row_group])]
+        row = document - int(first[row_group])
+        condition = conditions[row_group][row] if row_group in conditions else None
+        return Tokens(held[row_group][row], condition)
 
     return tokens_of
 
@@ -189,7 +205,7 @@ def validation_batches(
     Every worker gets as many batches as the others (ZeRO-3 computes them together): the shorter
     lists are filled with a document of weight 0.
     """
-    lengths = split.lengths()[:num_documents]
+    lengths = (split.lengths() + split.condition_lengths())[:num_documents]
     first = np.array([group[2] for group in split.row_groups], np.int64)
     needed = [i for i, start in enumerate(first) if start < len(lengths)]
     tokens_of = read_row_groups(split, first, needed)

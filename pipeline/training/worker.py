@@ -100,7 +100,7 @@ def train_step(run: Run, step: int, batch: StepBatch, sums: Meter) -> None:
     parts = run.share.num_workers * run.share.accumulation
     for micro, micro_batch in enumerate(batch.micro_batches):
         torch.manual_seed(dropout_seed(run.spec.train.seed, step, run.share.rank, micro))
-        loss, summed = run.engine(**asdict_tensors(micro_batch, run.device), beta=run.beta(step))
+        loss, summed = run.engine(**micro_batch.arguments(run.device), beta=run.beta(step))
         run.engine.backward(loss)
         run.engine.step()  # updates after the last micro-batch
         sums.add(summed, loss_scale=batch.num_documents / parts)
@@ -114,24 +114,13 @@ def validate(run: Run, state: RunState) -> dict[str, Any]:
     run.engine.eval()
     for micro_batch in run.validation:
         beta = run.beta(state.step)
-        _, summed = run.engine(**asdict_tensors(micro_batch, run.device), beta=beta)
+        _, summed = run.engine(**micro_batch.arguments(run.device), beta=beta)
         meter.add(summed)
     run.engine.train()
     row = meter.reduced()
     head = {"kind": "valid", "step": state.step, "epoch": state.position.epoch}
     tail = {"beta": run.beta(state.step), "ppl_token": perplexity(row), "time_s": state.time_s}
     return head | row | tail | {"took_s": time.monotonic() - started}
-
-
-def asdict_tensors(micro_batch: Any, device: torch.device) -> dict[str, torch.Tensor]:
-    """The objective's tensor arguments, on its device."""
-    moved = micro_batch.to(device)
-    return {
-        "input_ids": moved.input_ids,
-        "attention_mask": moved.attention_mask,
-        "noise": moved.noise,
-        "document_weight": moved.document_weight,
-    }
 
 
 def _advanced(state: RunState, batch: StepBatch, time_s: float) -> RunState:
