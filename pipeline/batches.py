@@ -52,13 +52,14 @@ class BatchOrder:
     """The global batches of every epoch.
 
     Args:
-        lengths: tokens of each document, in the order of the shards; of conditional data, those of
-            its source counted in.
+        lengths: tokens of each document, in the order of the shards.
         row_group_rows: documents of each row group, in the same order.
         batch_tokens: bound on documents x longest document of a global batch, padding included.
         shuffle_window_tokens: bound on the tokens of one window; a single larger row group is a
             window of its own.
         seed: names the order; 0 or more.
+        source_lengths: of conditional data, the tokens of each document's source; the budgets
+            count them in.
 
     Raises:
         UserError: if there is no document, or one is longer than `batch_tokens`.
@@ -69,6 +70,7 @@ class BatchOrder:
     batch_tokens: int
     shuffle_window_tokens: int
     seed: int
+    source_lengths: NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         if len(self.lengths) == 0:
@@ -77,13 +79,18 @@ class BatchOrder:
             raise ValueError(
                 f"{len(self.lengths)} lengths for {sum(self.row_group_rows)} rows of row groups"
             )
-        longest = int(self.lengths.max())
+        longest = int(self.total_lengths.max())
         if longest > self.batch_tokens:
             raise UserError(
                 f"the longest document has {longest:,} tokens, but train.batch_tokens="
                 f"{self.batch_tokens:,}: it would fit no batch; set train.batch_tokens to at least "
                 f"{longest}, or preprocess with corpus.max_tokens={self.batch_tokens}."
             )
+
+    @cached_property
+    def total_lengths(self) -> NDArray[np.int32]:
+        """Tokens that a document takes in a batch, with its source."""
+        return self.lengths if self.source_lengths is None else self.lengths + self.source_lengths
 
     @cached_property
     def first_documents(self) -> Documents:
@@ -121,7 +128,7 @@ class BatchOrder:
                 yield Position(window.epoch, window.first_batch + offset), documents
 
     def _grouped_row_groups(self, epoch: int) -> list[tuple[int, ...]]:
-        tokens = np.add.reduceat(self.lengths.astype(np.int64), self.first_documents)
+        tokens = np.add.reduceat(self.total_lengths.astype(np.int64), self.first_documents)
         groups: list[list[int]] = []
         filled = 0
         for row_group in generator(self.seed, Purpose.ROW_GROUPS, epoch).permutation(len(tokens)):
@@ -144,20 +151,20 @@ class BatchOrder:
 
     def _cut_pools(self, documents: Documents) -> list[Documents]:
         """Sort by length within pools and cut; what is left of one pool goes into the next."""
-        pool_of = np.cumsum(self.lengths[documents], dtype=np.int64)
+        pool_of = np.cumsum(self.total_lengths[documents], dtype=np.int64)
         pool_of //= POOL_BATCHES * self.batch_tokens
         *pools, last = np.split(documents, np.flatnonzero(np.diff(pool_of)) + 1)
         batches: list[Documents] = []
         rest = documents[:0]
         for pool in pools:
             pool = self._sorted(np.concatenate([rest, pool]))
-            *full, rest = np.split(pool, cut_sorted(self.lengths[pool], self.batch_tokens))
+            *full, rest = np.split(pool, cut_sorted(self.total_lengths[pool], self.batch_tokens))
             batches += full
         last = self._sorted(np.concatenate([rest, last]))
-        return [*batches, *np.split(last, cut_evenly(self.lengths[last], self.batch_tokens))]
+        return [*batches, *np.split(last, cut_evenly(self.total_lengths[last], self.batch_tokens))]
 
     def _sorted(self, documents: Documents) -> Documents:
-        return documents[np.argsort(self.lengths[documents], kind="stable")]
+        return documents[np.argsort(self.total_lengths[documents], kind="stable")]
 
 
 def cut_sorted(lengths: NDArray[np.int32], batch_tokens: int) -> list[int]:

@@ -78,7 +78,6 @@ class TrainLoader:
     ) -> None:
         self._split, self._order, self._start = split, order, start
         self._share, self._padding = share, padding
-        self._lengths = split.lengths()  # without sources, whose tokens are not predicted
         self.waited_s = 0.0
         self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(PREFETCH_STEPS)
         self._stopped = threading.Event()
@@ -146,7 +145,7 @@ class TrainLoader:
                     for part in parts
                 ),
                 len(documents),
-                int(self._lengths[documents].sum()) - len(documents),
+                int(self._order.lengths[documents].sum()) - len(documents),
             )
 
     def _micro_batch(

@@ -57,11 +57,12 @@ class Run:
 def batch_order(spec: TrainSpec, split: Split) -> BatchOrder:
     """The order of the training batches."""
     return BatchOrder(
-        lengths=split.lengths() + split.condition_lengths(),
+        lengths=split.lengths(),
         row_group_rows=tuple(group.num_rows for group in split.row_groups),
         batch_tokens=spec.train.batch_tokens,
         shuffle_window_tokens=spec.train.shuffle_window_tokens,
         seed=spec.train.seed,
+        source_lengths=split.condition_lengths() if split.is_conditional else None,
     )
 
 
