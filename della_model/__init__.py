@@ -5,15 +5,23 @@ Variable Inference for Text Generation", NAACL 2022, arXiv 2207.06130. `docs/mod
 equations to the functions here.
 """
 
+from della_model.aggregate import log_aggregate_posterior
 from della_model.config import DellaConfig
 from della_model.errors import ConfigError, InputError
-from della_model.estimators import iw_log_weights, iw_nll
+from della_model.estimators import (
+    ImportanceSamples,
+    importance_samples,
+    iw_log_weights,
+    iw_nll,
+    iw_nll_of_weights,
+)
 from della_model.fusion import FUSIONS, LowRankTensorFusion
 from della_model.gaussian import DiagonalGaussian
 from della_model.latents import LatentChain, LatentSample
 from della_model.model import Della
 from della_model.objective import Objective
 from della_model.outputs import DellaOutput, ElboTerms
+from della_model.probe import SwapEffect, swap_effect
 from della_model.schedules import BetaSchedule, LearningRateSchedule
 from della_model.sizes import SIZES, gpt2_config
 
@@ -27,13 +35,19 @@ __all__ = [
     "DellaOutput",
     "DiagonalGaussian",
     "ElboTerms",
+    "ImportanceSamples",
     "InputError",
     "LatentChain",
     "LatentSample",
     "LearningRateSchedule",
     "LowRankTensorFusion",
     "Objective",
+    "SwapEffect",
     "gpt2_config",
+    "importance_samples",
     "iw_log_weights",
     "iw_nll",
+    "iw_nll_of_weights",
+    "log_aggregate_posterior",
+    "swap_effect",
 ]

@@ -71,11 +71,15 @@ class DiagonalGaussian:
         return -(0.5 * standardized.square() + self.log_scale + _HALF_LOG_TWO_PI).sum(-1)
 
     def kl_divergence(self, other: DiagonalGaussian) -> Float[Tensor, "*out"]:
-        """KL(self ‖ other) in nats, summed over the event.
+        """KL(self ‖ other) in nats, summed over the event."""
+        return self.kl_per_dimension(other).sum(-1)
+
+    def kl_per_dimension(self, other: DiagonalGaussian) -> Float[Tensor, "*out event"]:
+        """KL(self ‖ other) in nats, of each dimension of the event alone.
 
         With d = log(scale/other.scale): ½ (e^{2d} − 1 − 2d + ((loc − other.loc)/other.scale)²).
         expm1 keeps the small KLs of a posterior close to its prior exact and non-negative.
         """
         log_ratio = self.log_scale - other.log_scale
         shift = (self.loc - other.loc) * (-other.log_scale).exp()
-        return 0.5 * (torch.expm1(2 * log_ratio) - 2 * log_ratio + shift.square()).sum(-1)
+        return 0.5 * (torch.expm1(2 * log_ratio) - 2 * log_ratio + shift.square())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from della_model.gaussian import DiagonalGaussian
+from della_model.gaussian import DiagonalGaussian, at_least_float32
 from della_model.shapes import Float
 
 # Standard deviation of a posterior's loc when training starts, in units of the prior's scale, for
@@ -33,6 +33,12 @@ class LatentSample:
         """KL(q(z_l | z_<l, x) ‖ p(z_l | z_<l)) in nats, in closed form given the draw's z_<l."""
         pairs = zip(self.posteriors, self.priors, strict=True)
         return torch.stack([q.kl_divergence(p) for q, p in pairs], dim=-1)
+
+    @property
+    def kl_per_dimension(self) -> Float[Tensor, "*batch layers latent"]:
+        """`kl_per_layer` before the sum over a layer's dimensions, in nats."""
+        pairs = zip(self.posteriors, self.priors, strict=True)
+        return torch.stack([q.kl_per_dimension(p) for q, p in pairs], dim=-2)
 
     @property
     def log_posterior(self) -> Float[Tensor, "*batch layers"]:
@@ -152,6 +158,34 @@ class LatentChain(nn.Module):
 
         self._run(given, latents)
         return _log_prob_per_layer(posteriors, latents)
+
+    def posterior_terms_of_features(
+        self, features: Float[Tensor, "*documents layers hidden"]
+    ) -> Float[Tensor, "*documents layers parameters"]:
+        """A document's part of each posterior's `[μ; raw log σ]`: W_qx x_l + b_q.
+
+        With `posterior_terms_of_latents`, whose sum with it is the whole, this is all that an
+        estimate over many (z, x) pairs needs: the features are not looked at again.
+        """
+        heads = enumerate(self.posterior_from_features)
+        terms = [head(features[..., layer, :]) for layer, head in heads]
+        return at_least_float32(torch.stack(terms, dim=-2))
+
+    def posterior_terms_of_latents(
+        self, latents: Float[Tensor, "*draws layers latent"]
+    ) -> Float[Tensor, "*draws layers parameters"]:
+        """A draw's part of each posterior's `[μ; raw log σ]`: W_qh h_l, of its own z_<l."""
+        terms: list[Tensor] = []
+
+        def given(layer: int, summary: Tensor | None) -> Tensor:
+            zero = latents.new_zeros(*latents.shape[:-2], 2 * self.latent_size)
+            terms.append(
+                zero if summary is None else self.posterior_from_summary[layer - 1](summary)
+            )
+            return latents[..., layer, :]
+
+        self._run(given, latents)
+        return torch.stack([at_least_float32(term) for term in terms], dim=-2)
 
     def _run(
         self, next_latent: Callable[[int, Tensor | None], Tensor], like: Tensor

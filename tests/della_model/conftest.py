@@ -11,8 +11,9 @@ from transformers import GPT2Config
 
 # All but `config`: transformers makes a dataclass of it whose signature hides what it accepts.
 CHECKED = (
-    "backbones estimators fusion gaussian head latents model objective outputs pooling".split()
-)
+    "aggregate backbones estimators fusion gaussian head latents model objective outputs pooling "
+    "probe"
+).split()
 
 # Before the first import of the package, or its functions are already defined unchecked.
 with install_import_hook([f"della_model.{module}" for module in CHECKED], "beartype.beartype"):

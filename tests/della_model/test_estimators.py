@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from della_model import iw_log_weights, iw_nll
+from della_model import importance_samples, iw_log_weights, iw_nll, iw_nll_of_weights
 
 
 @pytest.fixture
@@ -75,3 +75,50 @@ def test_iw_nll_does_not_depend_on_chunks(make_model, batch, chunk_size):
     log_weights = iw_log_weights(model, *batch, noise, chunk_size=7)
     expected = -(log_weights.exp().mean(0)).log()
     torch.testing.assert_close(iw_nll(model, *batch, noise, chunk_size), expected)
+
+
+def test_iw_nll_of_two_layers_equals_numerical_integration(make_model, batch):
+    """log ∫∫ p(x | z) p(z_2 | z_1) p(z_1) dz_1 dz_2 on a grid of the plane, by the trapezium."""
+    model = make_model(latent_size=1, latent_layers=[1, 2]).double()
+    with torch.no_grad():  # a posterior near the prior and wide: its weights vary little
+        for head in model.chain.posterior_from_features:
+            head.weight.mul_(0.2)
+            head.bias.copy_(torch.tensor([0.0, 0.4]))
+    axis = torch.linspace(-7, 7, 61, dtype=torch.float64)
+    plane = torch.cartesian_prod(axis, axis)[:, :, None]  # [3721, 2, 1]
+    log_prior = model.chain.log_prior(plane).sum(-1)
+    found = iw_nll(model, *batch, model.draw_noise(4003, 5), chunk_size=101)
+    for place, (ids, mask) in enumerate(zip(*batch, strict=True)):
+        ids, mask = ids[: mask.sum()], mask[: mask.sum()]
+        with torch.no_grad():
+            nll = model.reconstruction_nll(
+                ids.expand(len(plane), -1), mask.expand(len(plane), -1), plane
+            )
+        joint = (log_prior - nll).exp().view(61, 61)
+        expected = -torch.trapezoid(torch.trapezoid(joint, axis), axis).log()
+        torch.testing.assert_close(found[place], expected, rtol=0.01, atol=0)
+
+
+def test_encoder_runs_once_whatever_the_number_of_draws(make_model, batch, monkeypatch):
+    model = make_model()
+    passes = []
+    features = model.features
+    monkeypatch.setattr(model, "features", lambda *a: passes.append(1) or features(*a))
+    iw_nll(model, *batch, model.draw_noise(7, 5), chunk_size=2)
+    assert len(passes) == 1
+
+
+def test_log_weights_are_the_sum_of_their_parts(make_model, batch):
+    model = make_model().double()
+    noise = model.draw_noise(7, 5)
+    found = importance_samples(model, *batch, model.features(*batch), noise)
+    parts = found.log_ratio_per_layer.sum(-1) - found.reconstruction_nll
+    torch.testing.assert_close(iw_log_weights(model, *batch, noise), parts)
+    torch.testing.assert_close(found.log_weights, parts)
+
+
+def test_bound_of_fewer_samples_is_the_mean_over_groups():
+    log_weights = torch.randn(17, 3, dtype=torch.float64)
+    groups = [-(log_weights[5 * g : 5 * g + 5].exp().mean(0).log()) for g in range(3)]
+    torch.testing.assert_close(iw_nll_of_weights(log_weights, 5), torch.stack(groups).mean(0))
+    torch.testing.assert_close(iw_nll_of_weights(log_weights, 1), -log_weights.mean(0))

@@ -115,3 +115,11 @@ def test_chain_fresh_starts_near_the_prior_but_alive():
     assert 0.005 < kl_per_dimension < 0.05
     sample.kl_per_layer.sum().backward()
     assert all(p.grad is not None for p in chain.parameters())
+
+
+def test_kl_per_dimension_equals_torchs_and_sums_to_the_layers(chain, features, noise):
+    sample = chain.infer(features, noise)
+    for layer, (q, p) in enumerate(zip(sample.posteriors, sample.priors, strict=True)):
+        expected = torch.distributions.kl_divergence(Normal(q.loc, q.scale), Normal(p.loc, p.scale))
+        torch.testing.assert_close(sample.kl_per_dimension[:, layer], expected)
+    torch.testing.assert_close(sample.kl_per_dimension.sum(-1), sample.kl_per_layer)
