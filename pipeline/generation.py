@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.batches import pad_right
 from pipeline.errors import UserError
-from pipeline.evaluation.blocks import padded
 from pipeline.noise import Purpose, Stream, document_noise, document_uniforms
 from pipeline.specs.generate import GenerateSpec
 from pipeline.storage import Location
@@ -75,18 +75,19 @@ def sample_texts(
     seed: int,
     decoding: Decoding,
     batch_size: int = BATCH_SIZE,
+    first: int = 0,
 ) -> list[str]:
-    """Texts from the prior: z ~ p(z), then x from p(x | z) by `decoding`."""
+    """Texts `first` to `first + num` of the prior's: z ~ p(z), then x from p(x | z)."""
     import torch
 
     shape = (model.config.num_latent_layers, model.config.latent_size)
     prior = Stream(seed, Purpose.PRIOR)
     texts: list[str] = []
-    for first in range(0, num, batch_size):
-        places = range(first, min(first + batch_size, num))
+    for start in range(first, first + num, batch_size):
+        places = range(start, min(start + batch_size, first + num))
         noise = torch.from_numpy(document_noise(prior, places, shape))
         latents = model.sample_prior(noise=noise.to(model.device))
-        texts += _decoded(model, tokenizer, latents, decoding, seed, places)
+        texts += decode_latents(model, tokenizer, latents, decoding, seed, places)
     return texts
 
 
@@ -152,9 +153,10 @@ def reconstruct_documents(
         noise = torch.from_numpy(document_noise(posterior, places, shape))
         if latents == "mean":
             noise = torch.zeros_like(noise)
+        inputs = [tensor.to(model.device) for tensor in pad_right(batch, 0)]
         with torch.inference_mode():
-            inferred = model.infer(*padded(batch, model.device), noise.to(model.device)).latents
-        texts += _decoded(model, tokenizer, inferred, decoding, seed, places)
+            inferred = model.infer(*inputs, noise.to(model.device)).latents
+        texts += decode_latents(model, tokenizer, inferred, decoding, seed, places)
     return texts
 
 
@@ -164,7 +166,7 @@ def context_of(model: Della) -> int:
     return longest
 
 
-def _decoded(
+def decode_latents(
     model: Della,
     tokenizer: Any,
     latents: torch.Tensor,
@@ -172,6 +174,7 @@ def _decoded(
     seed: int,
     places: Iterable[int],
 ) -> list[str]:
+    """Texts under latents [documents, layers, latent]; `places` name the numbers they draw by."""
     import torch
 
     special = special_ids(tokenizer)
