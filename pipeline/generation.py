@@ -153,9 +153,9 @@ def reconstruct_documents(
         noise = torch.from_numpy(document_noise(posterior, places, shape))
         if latents == "mean":
             noise = torch.zeros_like(noise)
-        inputs = [tensor.to(model.device) for tensor in pad_right(batch, 0)]
+        input_ids, mask = (tensor.to(model.device) for tensor in pad_right(batch, 0))
         with torch.inference_mode():
-            inferred = model.infer(*inputs, noise.to(model.device)).latents
+            inferred = model.infer(input_ids, mask, noise.to(model.device)).latents
         texts += decode_latents(model, tokenizer, inferred, decoding, seed, places)
     return texts
 
