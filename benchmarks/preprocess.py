@@ -8,7 +8,7 @@ ratios of ours to the others (higher is better).
 
 What is timed: reading the file, tokenising, and what each does with the result.
   ours             `run_preprocess`'s stage: read, check, tokenise, write shards with checksums;
-                   from the first task to the last, Ray being up and its workers started
+                   from starting the actors to the last shard, Ray being up
   encode_batch     `Tokenizer.encode_batch` in one process on as many threads, in batches of 10,000
                    lines; the result is thrown away: nothing is checked, hashed or written
   datasets.map     `load_dataset("text")` done before; `map(batched=True, num_proc=cores)` with a
@@ -121,7 +121,7 @@ def main() -> None:
             text = folder / "lines.txt"
             text.write_text("\n".join(distinct_lines(source, args.lines)) + "\n")
             warm = folder / "warm.txt"
-            # Enough for a task on every core, so that all workers have loaded the tokenizer.
+            # Imports, and what Ray does once, are over before the first round.
             warm.write_text("\n".join(distinct_lines(source, args.lines // 5)) + "\n")
             time_ours(warm, args.tokenizer, args.cores, folder / "warm")
             rounds = []

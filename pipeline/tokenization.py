@@ -29,7 +29,7 @@ BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 GPT2_SPECIAL = "<|endoftext|>"
 GPT2_FILES = ("vocab.json", "merges.txt")
 # Texts encoded at a time: the library's results for more of them outgrow the processor's caches.
-_TEXTS_AT_ONCE = 512
+_TEXTS_AT_ONCE = 2048
 # Words whose pieces a BPE remembers. The library's own 10,000 are fewer than a corpus has.
 _CACHED_WORDS = 1 << 17
 _TOKENIZER_FILES = (

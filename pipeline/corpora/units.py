@@ -1,4 +1,4 @@
-"""A unit of work: the piece of a corpus that one task turns into one shard a split."""
+"""A unit of work: the piece of a corpus that one actor turns into one shard a split."""
 
 from __future__ import annotations
 

@@ -384,7 +384,7 @@ class _Outputs:
 
 @contextmanager
 def one_arrow_thread() -> Iterator[None]:
-    """Keep Arrow within the one CPU that a task has, while the body runs."""
+    """Keep Arrow within the one CPU that an actor has, while the body runs."""
     before = pa.cpu_count()
     pa.set_cpu_count(1)
     try:

@@ -1,6 +1,6 @@
 """The preprocess stage: a corpus into tokenised Parquet shards, by Ray Data.
 
-Each unit of work is written by one task, and leaves a record when it is finished. The manifest,
+Each unit of work is written by one actor, and leaves a record when it is finished. The manifest,
 written last, commits the dataset; an interrupted run goes on from the records that it finds.
 """
 
@@ -14,7 +14,6 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict
-from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -58,6 +57,7 @@ from pipeline.tokenization import (
 _SOURCE = "source"  # a generated corpus, copied to where all nodes can read it
 _CHATTY = ("ray.data", "ray.data._internal.progress")
 _THREADS = 16  # for many small files
+_UNITS_IN_FLIGHT = 4  # units that an actor has, those that wait included
 
 
 def external_inputs(spec: PreprocessSpec) -> dict[str, str]:
@@ -263,23 +263,32 @@ def _write_shards(
 
 
 def _tokenised(units: list[Unit], recipe: Recipe) -> Generator[UnitRecord]:
-    """The records of units as Ray Data's tasks finish them, in any order.
+    """The records of units as Ray Data's actors finish them, in any order.
 
-    Only the records travel: the tasks write the shards themselves.
+    Only the records travel: the actors write the shards themselves.
 
     Raises:
-        UserError: the first that a task met.
+        UserError: the first that an actor met.
     """
+    import ray
     import ray.data
 
     if not units:
         return
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    # Actors rather than tasks: with units waiting at each, none is idle while the driver looks.
+    pool = ray.data.ActorPoolStrategy(
+        min_size=1,
+        initial_size=max(1, min(cpus, len(units))),
+        max_size=len(units),
+        max_tasks_in_flight_per_actor=_UNITS_IN_FLIGHT,
+    )
     with _quiet_ray_data():
-        # One block a unit, so that each is a task of its own.
+        # One block a unit, so that each is a call of its own.
         dataset = ray.data.from_items(
             [{"unit": number} for number in range(len(units))], override_num_blocks=len(units)
-        ).map(partial(_task, units=ray.put(units), recipe=recipe), num_cpus=1)
-        # Closing the iterator stops the tasks that still wait, when we stop early.
+        ).map(_UnitWriter, fn_constructor_args=(ray.put(units), recipe), compute=pool, num_cpus=1)
+        # Closing the iterator stops the units that still wait, when we stop early.
         with closing(iter(dataset.iter_batches(batch_size=None, prefetch_batches=0))) as batches:
             for rows in batches:
                 for answer in map(json.loads, rows["answer"]):
@@ -288,17 +297,24 @@ def _tokenised(units: list[Unit], recipe: Recipe) -> Generator[UnitRecord]:
                     yield UnitRecord(**answer)
 
 
-def _task(row: dict[str, Any], units: Any, recipe: Recipe) -> dict[str, Any]:
-    """One unit, in a worker. The answer is text: its form differs from row to row."""
-    import ray
+class _UnitWriter:
+    """Writes units, one after another, in an actor."""
 
-    unit = ray.get(units)[int(row["unit"])]
-    try:
-        with one_arrow_thread():
-            answer = asdict(process_unit(unit, recipe))
-    except UserError as error:  # as a value, so that Ray neither logs nor retries it
-        answer = {"error": error.message}
-    return {"answer": json.dumps(answer)}
+    def __init__(self, units: Any, recipe: Recipe) -> None:
+        import ray
+
+        self._units: list[Unit] = ray.get(units)
+        self._recipe = recipe
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One unit's record. The answer is text: its form differs from row to row."""
+        unit = self._units[int(row["unit"])]
+        try:
+            with one_arrow_thread():
+                answer = asdict(process_unit(unit, self._recipe))
+        except UserError as error:  # as a value, so that Ray neither logs nor retries it
+            answer = {"error": error.message}
+        return {"answer": json.dumps(answer)}
 
 
 @contextmanager
