@@ -126,7 +126,7 @@ def load_model(folder: Location, device: torch.device | str = "cpu") -> Della:
     try:
         with _quiet():
             model, loading = Della.from_pretrained(
-                _local(folder), dtype=torch.float32, output_loading_info=True
+                local_folder(folder), dtype=torch.float32, output_loading_info=True
             )
     except Exception as error:  # safetensors raises a bare Exception of its own
         raise UserError(
@@ -221,7 +221,7 @@ def _sha256(file: Location) -> str:
     return found.hexdigest()
 
 
-def _local(folder: Location) -> Path:
+def local_folder(folder: Location) -> Path:
     """The folder on this machine; a remote one is copied once, whoever asks at the same time."""
     if folder.is_local:
         return Path(folder.path)

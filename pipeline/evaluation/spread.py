@@ -8,13 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipeline.cluster import num_gpus, require_cpus, wants_gpu
 from pipeline.errors import UserError, user_error_within
-from pipeline.evaluation.blocks import Block, BlockEvaluator
-from pipeline.evaluation.documents import DocumentFigures
+from pipeline.evaluation.blocks import Arrays, Block
+from pipeline.evaluation.worker import Evaluator
 from pipeline.specs.evaluate import EvaluationSpec
 from pipeline.storage import Location
 
@@ -60,12 +57,16 @@ def plan_workers(settings: EvaluationSpec, num_blocks: int) -> Workers:
 
 @contextmanager
 def started(
-    workers: Workers, weights: Location, split: Split, settings: EvaluationSpec
+    workers: Workers,
+    weights: Location,
+    split: Split,
+    num_documents: int,
+    settings: EvaluationSpec,
 ) -> Iterator[list[Any]]:
-    """Have actors with a `BlockEvaluator` each, while the body runs."""
+    """Have actors with an `Evaluator` each, while the body runs."""
     import ray
 
-    remote = ray.remote(BlockEvaluator).options(
+    remote = ray.remote(Evaluator).options(
         num_cpus=workers.cpus,
         num_gpus=1 if workers.gpu else 0,
         max_restarts=_RESTARTS,
@@ -74,7 +75,8 @@ def started(
     device = "cuda" if workers.gpu else "cpu"
     threads = None if workers.gpu else workers.cpus
     actors = [
-        remote.remote(weights, split, settings, device, threads) for _ in range(workers.count)
+        remote.remote(weights, split, num_documents, settings, device, threads)
+        for _ in range(workers.count)
     ]
     try:
         yield actors
@@ -84,15 +86,21 @@ def started(
 
 
 def evaluated(
-    actors: Sequence[Any], blocks: Sequence[Block], num_words: NDArray[np.int32]
-) -> Iterator[tuple[Block, DocumentFigures]]:
-    """Blocks with their figures, as they are done. An actor gets work when it is ready for it.
+    actors: Sequence[Any], blocks: Sequence[Block], given: Any = None
+) -> Iterator[tuple[Block, Arrays]]:
+    """Blocks with their results, as they are done. An actor gets work when it is ready for it.
+
+    Args:
+        actors: of `started`.
+        blocks: what is to be done.
+        given: what every block needs beside itself; stored once for all of them.
 
     Raises:
         UserError: what a worker raised, without Ray's wrapping.
     """
     import ray
 
+    arguments = () if given is None else (ray.put(given),)
     waiting = deque(blocks)
     running: dict[Any, tuple[Any, Block | None]] = {
         actor.ready.remote(): (actor, None) for actor in actors
@@ -101,17 +109,16 @@ def evaluated(
     while left:
         (reference,), _ = ray.wait(list(running), num_returns=1)
         actor, block = running.pop(reference)
-        result = fetched(reference)
+        result = _fetched(reference)
         if block is not None:
             left -= 1
             yield block, result
         if waiting:
             following = waiting.popleft()
-            words = num_words[following.start : following.stop]
-            running[actor.evaluate.remote(following, words)] = (actor, following)
+            running[actor.run.remote(following, *arguments)] = (actor, following)
 
 
-def fetched(reference: Any) -> Any:
+def _fetched(reference: Any) -> Any:
     """What a worker returned.
 
     Raises:

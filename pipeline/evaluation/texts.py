@@ -1,44 +1,93 @@
-"""Texts that an evaluation shows: what the prior yields, and what reconstruction keeps."""
+"""Texts that an evaluation makes: of the prior, through the posterior, and between documents."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.generation import Decoding, reconstruct_documents, sample_texts
+from pipeline.evaluation.blocks import Arrays
+from pipeline.evaluation.likelihood import posterior_means
+from pipeline.evaluation.reading import Document, make_batch, make_batches
+from pipeline.generation import Decoding, decode_latents, sample_texts
 from pipeline.specs.evaluate import EvaluationSpec
 from pipeline.tokenization import encoder_of
 
 if TYPE_CHECKING:
     from della_model import Della
 
+INTERPOLATION_STEPS = 7  # both ends among them
 
-def sampled_and_reconstructed(
+
+def sampled(
+    model: Della, tokenizer: Any, first: int, count: int, settings: EvaluationSpec
+) -> Arrays:
+    """Texts drawn from the prior, within probability mass `sample_top_p`."""
+    decoding = Decoding(max_tokens=settings.sample_max_tokens, top_p=settings.sample_top_p)
+    texts = sample_texts(
+        model, tokenizer, count, settings.seed, decoding, batch_size=count, first=first
+    )
+    return {"text": as_array(texts)}
+
+
+def reconstructed(
+    model: Della, tokenizer: Any, documents: Sequence[Document], settings: EvaluationSpec
+) -> Arrays:
+    """Documents and what they become: greedy from the posterior's mean, up to their own length."""
+    encoder = encoder_of(tokenizer)
+    texts = [""] * len(documents)
+    for batch in make_batches(documents, settings.batch_tokens, model.device):
+        chosen = [documents[row] for row in batch.rows]
+        longest = max(len(document.tokens) for document in chosen)
+        found = _greedy(model, tokenizer, posterior_means(model, batch), longest, batch.places)
+        for row, text in zip(batch.rows, found, strict=True):
+            texts[row] = text
+    return {
+        "place": np.array([document.place for document in documents]),
+        "source": as_array([encoder.decode(document.tokens).strip() for document in documents]),
+        "text": as_array(texts),
+    }
+
+
+def interpolated(
     model: Della,
     tokenizer: Any,
-    sources: Sequence[NDArray[np.int32]],
-    settings: EvaluationSpec,
-) -> dict[str, Any]:
-    """Figures `samples` (texts) and `reconstructions` (pairs of source and reconstruction).
+    pairs: Sequence[tuple[Document, Document]],
+) -> Arrays:
+    """Texts on the way from one document's latents to another's, greedy; [pairs, steps].
 
-    Samples are drawn within probability mass `sample_top_p`; reconstructions are greedy from the
-    posterior's mean, and may be as long as their sources.
+    z(t) = (1 − t) z_a + t z_b between the posterior means, in all layers at once.
     """
-    decoding = Decoding(
-        max_tokens=settings.sample_max_tokens, temperature=1.0, top_p=settings.sample_top_p
-    )
-    longest = max([settings.sample_max_tokens, *map(len, sources)])
-    greedy = replace(decoding, max_tokens=longest, temperature=0.0)
+    import torch
+
+    rows = []
+    for ends in pairs:
+        a, b = posterior_means(model, make_batch(ends, model.device))
+        shares = torch.linspace(0, 1, INTERPOLATION_STEPS, device=a.device)[:, None, None]
+        path = (1 - shares) * a + shares * b
+        places = np.full(len(path), ends[0].place)
+        longest = max(len(end.tokens) for end in ends)
+        rows.append(_greedy(model, tokenizer, path, longest, places))
     encoder = encoder_of(tokenizer)
-    rebuilt = reconstruct_documents(model, tokenizer, sources, settings.seed, greedy)
-    return {
-        "samples": sample_texts(model, tokenizer, settings.num_samples, settings.seed, decoding),
-        "reconstructions": [
-            {"source": encoder.decode(source), "reconstruction": text}
-            for source, text in zip(sources, rebuilt, strict=True)
-        ],
-    }
+    sources = [[encoder.decode(document.tokens).strip() for document in pair] for pair in pairs]
+    return {"text": as_array(rows), "ends": as_array(sources)}
+
+
+def document_texts(tokenizer: Any, documents: Sequence[Document]) -> list[str]:
+    """Documents as text, as their decoding gives it."""
+    encoder = encoder_of(tokenizer)
+    return [encoder.decode(document.tokens).strip() for document in documents]
+
+
+def as_array(texts: Any) -> NDArray[np.str_]:
+    """Texts as an array that can be saved without pickling."""
+    return np.array(texts, dtype=np.str_)
+
+
+def _greedy(
+    model: Della, tokenizer: Any, latents: Any, max_tokens: int, places: NDArray[np.int64]
+) -> list[str]:
+    decoding = Decoding(max_tokens=max_tokens, temperature=0.0)
+    return decode_latents(model, tokenizer, latents, decoding, 0, places)

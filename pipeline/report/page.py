@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.artifact import Artifact, versions
 from pipeline.errors import UserError
-from pipeline.evaluation.figures import LABELS, collapse
+from pipeline.evaluation.figures import LABELS, collapse, verdict
 from pipeline.storage import Location
 from pipeline.training.metrics import FILE_NAME, read_rows
 from pipeline.weights import fingerprint_weights
@@ -135,18 +135,7 @@ def _verdict(figures: Mapping[str, Any]) -> dict[str, Any] | None:
     """Whether the latents live, in a sentence."""
     if "kl" not in figures or "active_units" not in figures:
         return None
-    sentence = collapse(dict(figures))
-    if sentence is not None:
-        return {"collapsed": True, "sentence": sentence}
-    active = figures["active_units"]["0.01"]
-    size = figures.get("latent_size", 0) * len(active)
-    return {
-        "collapsed": False,
-        "sentence": (
-            f"The latents live: they carry {figures['kl']:.3g} nats a document, and {sum(active)} "
-            f"of {size} dimensions vary with it."
-        ),
-    }
+    return {"collapsed": collapse(figures) is not None, "sentence": verdict(figures)}
 
 
 def _headline(figures: Mapping[str, Any]) -> list[dict[str, Any]]:

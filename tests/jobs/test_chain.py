@@ -16,6 +16,8 @@ SMALL = [
     "data.tokenizer.vocab_size=300", "model.train.max_steps=6", "model.train.batch_tokens=512",
     "model.train.eval_every=3", "model.train.checkpoint_every=3", "model.train.eval_documents=40",
     "figures.evaluate.iw_samples=3", "figures.evaluate.max_documents=40",
+    "figures.evaluate.iw_curve=[1,3]", "figures.evaluate.iw_curve_documents=5",
+    "figures.evaluate.num_samples=9", "figures.evaluate.num_reconstructions=9",
 ]  # fmt: skip
 
 

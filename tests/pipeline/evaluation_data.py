@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 from della_model import Della, DellaConfig, gpt2_config
+from pipeline.evaluation.blocks import Arrays, Block, joined
+from pipeline.evaluation.worker import Evaluator, plan_blocks
 from pipeline.shards import Dataset
 from pipeline.specs import EvaluateSpec
 from pipeline.storage import Location
 from pipeline.tokenization import load_tokenizer, special_ids, vocabulary_size
+from pipeline.weights import load_config
 from tests.pipeline.train_data import sentences, write_dataset
 
 CONTEXT = 64
@@ -24,7 +27,9 @@ def small_test_dataset(folder: Path, documents: int = 150) -> Dataset:
     )
 
 
-def write_weights(folder: Path, dataset: Dataset, *, alive: bool = True) -> Location:
+def write_weights(
+    folder: Path, dataset: Dataset, *, alive: bool = True, **options: Any
+) -> Location:
     """A `from_pretrained` folder; `alive`: its latents move its logits, as training would do."""
     tokenizer = load_tokenizer(dataset.tokenizer_folder)
     special = special_ids(tokenizer)
@@ -37,7 +42,7 @@ def write_weights(folder: Path, dataset: Dataset, *, alive: bool = True) -> Loca
         eos_token_id=special.eos,
         pad_token_id=special.pad,
     )
-    model = Della(DellaConfig(backbone=backbone, latent_size=LATENT_SIZE))
+    model = Della(DellaConfig(backbone=backbone, latent_size=LATENT_SIZE, **options))
     for name, parameter in model.named_parameters():
         if alive and ("fusion" in name or "chain" in name):
             parameter.data += 0.15 * torch.randn_like(parameter)
@@ -49,5 +54,37 @@ def write_weights(folder: Path, dataset: Dataset, *, alive: bool = True) -> Loca
 
 
 def evaluate_spec(**values: Any) -> EvaluateSpec:
-    chosen = {"iw_samples": 3, "sample_max_tokens": 12, "num_samples": 3, "use_gpu": False}
+    chosen = {
+        "iw_samples": 3,
+        "iw_curve": [1, 2, 5],
+        "iw_curve_documents": 11,
+        "probe_documents": 7,
+        "sample_max_tokens": 12,
+        "num_samples": 9,
+        "num_reconstructions": 7,
+        "num_interpolations": 1,
+        "use_gpu": False,
+    }
     return EvaluateSpec.build({"evaluate": chosen | values})
+
+
+def measure_here(
+    weights: Location,
+    dataset: Dataset,
+    *measurements: str,
+    blocks: list[Block] | None = None,
+    **values: Any,
+) -> dict[str, Arrays]:
+    """The measurements of an evaluation without Ray; `blocks` are those of the documents."""
+    split, settings = dataset.split("test"), evaluate_spec(**values).evaluate
+    count = min(split.num_documents, settings.max_documents or split.num_documents)
+    evaluator = Evaluator(weights, split, count, settings)
+    planned = plan_blocks(settings, load_config(weights), count)
+    if blocks is not None:
+        planned["documents"] = blocks
+    results: dict[str, Arrays] = {}
+    for name, of_one in planned.items():
+        if name in measurements or (name == "documents" and "mutual_information" in measurements):
+            given = (results["documents"],) if name == "mutual_information" else ()
+            results[name] = joined([evaluator.run(block, *given) for block in of_one])
+    return results

@@ -1,0 +1,1 @@
+"""Figures of texts. Nothing here knows the model: texts in, numbers out."""
