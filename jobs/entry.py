@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
 import hydra
 import yaml
@@ -36,12 +36,15 @@ from pipeline.specs import (
     SearchSpec,
     Spec,
     TokenizerSpec,
+    TrainSpec,
+    TuneSpec,
 )
 from pipeline.specs.generate import GenerateSpec
 from pipeline.storage import Location
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 Config = dict[str, Any]
+SpecType = TypeVar("SpecType", bound=Spec)
 
 
 GROUPS: dict[str, type[Spec]] = {
@@ -232,6 +235,18 @@ def flat_keys(config: DictConfig) -> list[str]:
 def spec_values(config: Config, spec: type[Spec]) -> Config:
     """The part of a config that its spec holds; the rest says where things are."""
     return {key: value for key, value in config.items() if key in spec.model_fields}
+
+
+def build_spec(spec: type[SpecType], config: Config, where: str) -> SpecType:
+    """Build a stage's spec from its composed config; a search holds that of its trials.
+
+    Raises:
+        UserError: naming the first key that is wrong.
+    """
+    values = spec_values(config, spec)
+    if spec is TuneSpec:
+        values["trial"] = TrainSpec.build(spec_values(config, TrainSpec), where)
+    return spec.build(values, where)
 
 
 def ensure(

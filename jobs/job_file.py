@@ -1,37 +1,63 @@
-"""From a job's file, `conf/job/<name>.yaml`, to the typed `JobSpec`."""
+"""From a job's file, `conf/job/<name>.yaml` or any other, to the typed `JobSpec`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
-from jobs.entry import CONF, Config, choices, compose, override_value, spec_values
+from jobs.entry import (
+    CONF,
+    Config,
+    build_spec,
+    choices,
+    compose,
+    override_value,
+    trial_overrides,
+)
 from pipeline.errors import UserError, nearest
-from pipeline.job_spec import JobSpec, JobStage, StageReference
+from pipeline.job_spec import JobSpec, JobStage, Source, StageReference, TrialSettings
 from pipeline.runner import KINDS, StageKind, kind_of
-from pipeline.specs import ClusterSpec
+from pipeline.specs import ClusterSpec, Spec
+from pipeline.specs.job import StageOptions
 from pipeline.storage import Location
 
-_TOP_LEVEL = ("job", "action", "storage", "folder", "cluster")
+_TOP_LEVEL = (
+    "job", "action", "from", "only", "force", "storage", "folder", "cluster", "code_in_identity",
+    "render",
+)  # fmt: skip
+_LISTS = ("only", "force")
+_TRIAL = "from_trial"
 
 
-def split_stage_overrides(arguments: list[str]) -> list[str]:
-    """Gather `STAGE.key=value` into one list, `job.overrides`, that `job_from_config` deals out.
+def expand_arguments(arguments: list[str]) -> list[str]:
+    """Turn the command line into overrides that hydra composes.
+
+    `STAGE.key=value` are gathered into one list, `job.overrides`, that `job_from_config` deals out;
+    `only=a,b` becomes a list; `job=FILE.yaml` is read from where it lies.
 
     Raises:
         UserError: if a key starts with neither a key of `conf/run.yaml` nor a stage's name.
     """
     job = next((a.split("=", 1)[1] for a in arguments if a.startswith("job=")), None)
-    if job is None or job not in choices("job"):
+    file = _file_of(job) if job is not None else None
+    if job is None or file is None:
         return arguments  # composing them says what is wrong
-    stages = list(yaml.safe_load((CONF / "job" / f"{job}.yaml").read_text())["stages"])
+    stages = list(_stages_in(file))
     for_hydra, for_stages = [], []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         head, _, rest = key.lstrip("+").partition(".")
-        if not equals or head in _TOP_LEVEL:
+        if key == "job":
+            for_hydra.append(f"job={_registered(file)}")
+        elif key in _LISTS:
+            names = [name for name in value.strip("[]").split(",") if name]
+            for_hydra.append(f"{key}={override_value(names)}")
+        elif not equals or head in _TOP_LEVEL:
             for_hydra.append(argument)
         elif head in stages and rest:
             for_stages.append(f"{head}.{rest}={value}")
@@ -39,58 +65,146 @@ def split_stage_overrides(arguments: list[str]) -> list[str]:
             known = [*_TOP_LEVEL, *(f"{stage}.KEY" for stage in stages)]
             raise UserError(
                 f"unknown key '{key}'{nearest(head, [*_TOP_LEVEL, *stages])}; the keys of job "
-                f"{job} are: {', '.join(known)}."
+                f"{file.stem} are: {', '.join(known)}."
             )
     if for_stages:
         for_hydra.append(f"+job.overrides={override_value(for_stages)}")
     return for_hydra
 
 
-def job_from_config(config: Config) -> JobSpec:
-    """Build the typed job from a composed `conf/run.yaml`.
+def _file_of(job: str) -> Path | None:
+    """The file that `job=` means; None when there is none."""
+    if job in choices("job"):
+        return CONF / "job" / f"{job}.yaml"
+    path = Path(job).expanduser()
+    return path if path.suffix in (".yaml", ".yml") and path.is_file() else None
+
+
+def _registered(file: Path) -> str:
+    """The name by which hydra finds a job's file, wherever it lies."""
+    if file.parent == CONF / "job":
+        return file.stem
+    name = f"file-{file.stem}"
+    ConfigStore.instance().store(group="job", name=name, node=OmegaConf.load(file))
+    return name
+
+
+def _stages_in(file: Path) -> dict[str, int]:
+    """The stages of a job's file, and the line that each stands on.
 
     Raises:
-        UserError: naming the stage and the key that is wrong.
+        UserError: if the file is not YAML with a table of `stages`.
+    """
+    try:
+        tree = yaml.compose(file.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}.") from None
+    top = {key.value: value for key, value in tree.value} if tree is not None else {}
+    stages = top.get("stages")
+    if not isinstance(stages, yaml.MappingNode):
+        raise UserError(f"{file}: it has no table 'stages:', where a job names its stages.")
+    return {key.value: key.start_mark.line + 1 for key, _ in stages.value}
+
+
+def job_from_config(config: Config, file: Path | None = None) -> JobSpec:
+    """Build the typed job from a composed `conf/run.yaml`.
+
+    Args:
+        config: what hydra composed.
+        file: the job's file, for the places that errors name; None: `conf/job/<name>.yaml`.
+
+    Raises:
+        UserError: naming the stage, its place and the key that is wrong.
     """
     job = config["job"]
+    file = file or _file_of(job["name"])
+    lines = _stages_in(file) if file is not None else {}
     overrides = job.get("overrides") or []
+    cluster = ClusterSpec.build(config["cluster"], "cluster")
     stages = {}
     for name, entry in job["stages"].items():
         own = [o.removeprefix(f"{name}.") for o in overrides if o.startswith(f"{name}.")]
-        stages[name] = _stage(name, entry, own, config["cluster"])
-    cluster = ClusterSpec.build(config["cluster"], "cluster")
-    return JobSpec.build(job["name"], stages, cluster)
+        place = f"{_shown(file)}:{lines[name]}" if file is not None and name in lines else ""
+        stages[name] = _stage(name, entry, own, config["cluster"], place)
+    return JobSpec.build(job["name"], stages, cluster, bool(config["code_in_identity"]))
+
+
+def file_of_arguments(arguments: Sequence[str]) -> Path | None:
+    """The job's file that a command line names."""
+    job = next((a.split("=", 1)[1] for a in arguments if a.startswith("job=")), None)
+    return _file_of(job) if job is not None else None
+
+
+def _shown(file: Path) -> str:
+    root = CONF.parent
+    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
 
 
 def _stage(
-    name: str, entry: Mapping[str, Any], overrides: list[str], cluster: Mapping[str, Any]
+    name: str,
+    entry: Any,
+    overrides: list[str],
+    cluster: Mapping[str, Any],
+    place: str,
 ) -> JobStage:
-    if not isinstance(entry.get("run"), str):
-        raise UserError(f"stage '{name}': it needs 'run:', one of {', '.join(KINDS)}.")
-    kind = kind_of(entry["run"])
-    known = kind.all_inputs
-    inputs = {key: _source(entry[key]) for key in known if entry.get(key) is not None}
-    settings = {key: value for key, value in entry.items() if key != "run" and key not in known}
-    try:
-        config = _stage_config(kind, settings, overrides)
-        config["cluster"] = dict(cluster)
-        spec = kind.spec.build(spec_values(config, kind.spec), f"stage '{name}'")
-    except UserError as error:
-        prefix = f"stage '{name}': "
-        message = error.message.removeprefix(f"stage '{name}': ")
-        raise UserError(prefix + message) from None
-    return JobStage(name, kind.name, spec, inputs)
+    with JobStage(name, "", Spec(), {}, place=place).blamed():
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("run"), str):
+            raise UserError(f"it needs 'run:', one of {', '.join(KINDS)}.")
+        kind = kind_of(entry["run"])
+        known = kind.all_inputs
+        inputs = {key: _sources(key, entry[key], kind) for key in known if entry.get(key)}
+        for needed in kind.inputs:
+            if needed not in inputs:
+                raise UserError(
+                    f"'{needed}' has no value, but a stage of {kind.name} needs it; set it to "
+                    "${stage:NAME} or to a folder."
+                )
+        options = {key: entry[key] for key in StageOptions.model_fields if key in entry}
+        settings = {
+            key: value
+            for key, value in entry.items()
+            if key not in ("run", _TRIAL, *known, *options)
+        }
+        trial = _source(entry[_TRIAL]) if entry.get(_TRIAL) else None
+        if trial is not None and kind.name != "train":
+            raise UserError(f"{_TRIAL} gives a training its settings; {kind.name} takes none.")
+
+        def spec_with(search: Location | None) -> Spec:
+            first = trial_overrides(str(search)) if search is not None else []
+            composed = _stage_config(kind, settings, first, overrides)
+            composed["cluster"] = dict(cluster)
+            return build_spec(kind.spec, composed, f"stage '{name}'")
+
+        return JobStage(
+            name,
+            kind.name,
+            spec_with(trial if isinstance(trial, Location) else None),
+            inputs,
+            TrialSettings(trial, spec_with) if isinstance(trial, StageReference) else None,
+            StageOptions.build(options, f"stage '{name}'"),
+            place,
+        )
 
 
-def _stage_config(kind: StageKind, settings: Mapping[str, Any], overrides: Sequence[str]) -> Config:
-    """Compose the stage's own config with its entry in the file, then the command line's keys."""
+def _stage_config(
+    kind: StageKind, settings: Mapping[str, Any], first: Sequence[str], overrides: Sequence[str]
+) -> Config:
+    """Compose the stage's own config: `first`, its entry in the file, the command line's keys."""
     given = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
     from_file = [o for o in _overrides(settings) if o.split("=", 1)[0] not in given]
     references = [f"{key}=null" for key in kind.all_inputs]
-    return compose(kind.name, [*references, *from_file, *overrides])
+    return compose(kind.name, [*references, *first, *from_file, *overrides])
 
 
-def _source(value: str) -> StageReference | Location:
+def _sources(key: str, value: Any, kind: StageKind) -> Source | list[Source]:
+    if key not in kind.list_inputs:
+        if not isinstance(value, str):
+            raise UserError(f"{key} is one ${{stage:NAME}} or folder, got {value!r}.")
+        return _source(value)
+    return [_source(each) for each in ([value] if isinstance(value, str) else value)]
+
+
+def _source(value: str) -> Source:
     if value.startswith("stage:"):
         return StageReference(value.removeprefix("stage:"))
     return Location.parse(value)
@@ -99,7 +213,12 @@ def _source(value: str) -> StageReference | Location:
 def _overrides(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Write nested settings as hydra's overrides, `key.inner=value`."""
     for key, value in settings.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not _is_one_value(prefix + str(key)):
             yield from _overrides(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}={override_value(value)}"
+
+
+def _is_one_value(key: str) -> bool:
+    """Whether a table is a value of its own: the keys of a search space are the train config's."""
+    return key == "search.space"

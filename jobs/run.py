@@ -1,9 +1,11 @@
-"""Run the stages of a job spec, each skipped when it is done already.
+"""Run the stages of a job, each skipped when it is done already.
 
     python jobs/run.py job=demo
-    python jobs/run.py job=ptb action=plan corpus.train=../data/ptb/train.txt
+    python jobs/run.py job=ptb action=plan folder=../data/ptb
+    python jobs/run.py job=MY.yaml action=status
 
-Keys that start with a stage's name set that stage's config: `model.train.max_steps=100`.
+Actions: run, plan, status, logs, cancel, render. `from=STAGE`, `only=A,B` and `force=A,B` choose
+stages. Keys that start with a stage's name set that stage's config: `model.train.max_steps=100`.
 """
 
 from __future__ import annotations
@@ -15,13 +17,12 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from jobs.entry import Config, run_job  # noqa: E402
-from jobs.job_file import job_from_config, split_stage_overrides  # noqa: E402
-from jobs.job_table import print_plan, print_status, run_all  # noqa: E402
+from jobs.job_actions import ACTIONS  # noqa: E402
+from jobs.job_file import expand_arguments, file_of_arguments, job_from_config  # noqa: E402
+from pipeline.chain import Selection  # noqa: E402
 from pipeline.cluster import refuse_storage_that_vanishes  # noqa: E402
 from pipeline.errors import UserError, nearest  # noqa: E402
 from pipeline.storage import Location  # noqa: E402
-
-ACTIONS = {"run": run_all, "plan": print_plan, "status": print_status}
 
 
 def main(config: Config) -> None:
@@ -33,8 +34,10 @@ def main(config: Config) -> None:
         )
     storage = Location.parse(config["storage"])
     refuse_storage_that_vanishes(storage)
-    ACTIONS[action](job_from_config(config), storage)
+    selection = Selection(config["from"], config["only"], config["force"])
+    job = job_from_config(config, file_of_arguments(sys.argv[1:]))
+    ACTIONS[action](job, storage, selection)
 
 
 if __name__ == "__main__":
-    run_job("run", main, expand=split_stage_overrides)
+    run_job("run", main, expand=expand_arguments)

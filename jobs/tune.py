@@ -11,14 +11,13 @@ from pathlib import Path
 # A script's own folder is on the path, its parent is not: exchange them.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from jobs.entry import Config, ensure, run_job, spec_values  # noqa: E402
-from pipeline.specs import TrainSpec, TuneSpec  # noqa: E402
+from jobs.entry import Config, build_spec, ensure, run_job  # noqa: E402
+from pipeline.specs import TuneSpec  # noqa: E402
 
 
 def main(config: Config) -> None:
     """Build the spec and run the stage."""
-    trial = TrainSpec.build(spec_values(config, TrainSpec), "trial")
-    spec = TuneSpec.build({**spec_values(config, TuneSpec), "trial": trial}, "tune")
+    spec = build_spec(TuneSpec, config, "tune")
     ensure("tune", spec, {"dataset": config["dataset"]}, config["storage"])
 
 

@@ -6,6 +6,7 @@ the same work has the same name on every machine.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -14,6 +15,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import UserError
@@ -21,6 +23,7 @@ from pipeline.storage import Location
 
 FORMAT = 1
 FILE_NAME = "artifact.json"
+_PACKAGES = ("della_model", "pipeline")
 _RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "ray", "deepspeed", "pyarrow")
 
 
@@ -33,14 +36,20 @@ class Artifact:
     fingerprint: str
     spec: dict[str, Any]
     inputs: dict[str, str]  # name -> fingerprint
-    status: Literal["running", "done", "failed"]
+    status: Literal["running", "done", "failed", "cancelled"]
     started_at: str
     finished_at: str | None = None
     took_s: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
-    # Where the inputs lay: for readers only, never part of the identity.
+    # For readers only, never part of the identity: where the inputs lay, which files they were, in
+    # which job this ran as which stage, how often it was begun, and why it failed if it did.
     input_folders: dict[str, str] = field(default_factory=dict)
+    input_files: dict[str, dict[str, str]] = field(default_factory=dict)  # name -> file -> sha256
+    job: str | None = None
+    name: str | None = None
+    attempts: int = 1
+    error: str | None = None
 
     def save(self) -> Artifact:
         """Write `artifact.json` into the folder; return self."""
@@ -137,14 +146,31 @@ def _require_stable(value: Any, where: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
+    """Versions of this code, of Python and of the packages that decide a result."""
+    found = {"code": code_version(), "python": platform.python_version()}
     for package in _RECORDED_PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+@functools.cache
+def code_version() -> str:
+    """What the code that computes results is: sha256 over its sources, 12 hex digits.
+
+    The same wherever the sources lie, with or without a repository around them.
+    """
+    root = Path(__file__).resolve().parents[1]
+    sources = sorted(
+        file for package in _PACKAGES for file in (root / package).rglob("*.py") if file.is_file()
+    )
+    content = {
+        file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sources
+    }
+    return digest(content)[:12]
 
 
 def now() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,10 @@ from pipeline.errors import UserError
 from pipeline.specs.cluster import ClusterSpec
 from pipeline.storage import Location
 
+ROOT = Path(__file__).resolve().parents[1]
+LOCAL_RAY = "DELLA_LOCAL_RAY"  # set: the Ray of RAY_ADDRESS was started by one of our processes
 _PACKAGES = ("pipeline", "della_model")
+_started_here = threading.Event()
 
 
 @contextmanager
@@ -39,6 +43,7 @@ def connected(spec: ClusterSpec) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        _started_here.clear()
 
 
 def _start(spec: ClusterSpec) -> None:
@@ -51,17 +56,17 @@ def _start(spec: ClusterSpec) -> None:
     }
     if not spec.verbose:
         logging.getLogger("ray").setLevel(logging.WARNING)
-    root = Path(__file__).resolve().parents[1]
     if address is None:
         # Workers import our code from where it lies, whatever folder the command was given in.
         before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = f"{root}{os.pathsep}{before}" if before else str(root)
+        os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{before}" if before else str(ROOT)
         # "local": never another cluster that happens to run on this machine.
         ray.init(address="local", num_cpus=spec.num_cpus, **options)
+        _started_here.set()
         return
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ and not os.environ.get(LOCAL_RAY):
         # Outside `ray job submit` nothing has brought our code to the other nodes yet.
-        options["runtime_env"] = {"py_modules": [str(root / name) for name in _PACKAGES]}
+        options["runtime_env"] = {"py_modules": [str(ROOT / name) for name in _PACKAGES]}
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -69,6 +74,11 @@ def _start(spec: ClusterSpec) -> None:
             f"no Ray cluster answers at '{address}' ({_first_line(error)}): start one with "
             "'ray start --head', or unset cluster.address and RAY_ADDRESS to run on this machine."
         ) from None
+
+
+def is_local_ray() -> bool:
+    """Whether the connected Ray was started by one of our own processes, for this machine alone."""
+    return bool(os.environ.get(LOCAL_RAY)) or _started_here.is_set()
 
 
 def _first_line(error: Exception) -> str:

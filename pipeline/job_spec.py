@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from pipeline.errors import UserError, nearest
 from pipeline.runner import Input, Planned, plan
 from pipeline.specs import ClusterSpec, Spec
+from pipeline.specs.job import StageOptions
 from pipeline.storage import Location
 
 
@@ -23,18 +25,30 @@ Source = StageReference | Location
 
 
 @dataclass(frozen=True)
+class TrialSettings:
+    """That a stage's spec takes the settings of a search's best trial, once they are known."""
+
+    search: StageReference
+    spec_with: Callable[[Location], Spec]  # from the search's folder
+
+
+@dataclass(frozen=True)
 class JobStage:
-    """One stage of a job: which kind, its spec, and where its inputs come from."""
+    """One stage of a job: which kind, its spec, where its inputs come from, how it is run."""
 
     name: str
     kind: str
     spec: Spec
     inputs: Mapping[str, Source | Sequence[Source]]
+    trial: TrialSettings | None = None
+    options: StageOptions = field(default_factory=StageOptions)
+    place: str = ""  # where in its file it stands, for errors
 
     @property
     def needs(self) -> set[str]:
         """Names of the stages whose output this one reads."""
-        return {source.name for source in self._sources() if isinstance(source, StageReference)}
+        names = {source.name for source in self._sources() if isinstance(source, StageReference)}
+        return names | ({self.trial.search.name} if self.trial else set())
 
     def _sources(self) -> Iterator[Source]:
         for given in self.inputs.values():
@@ -42,6 +56,26 @@ class JobStage:
                 yield given
             else:
                 yield from given
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Say of an error in the body that it is this stage's, and where that stands."""
+        try:
+            yield
+        except UserError as error:
+            head = f"stage '{self.name}': "
+            message = error.message.removeprefix(head)
+            place = f"{self.place}: " if self.place else ""
+            raise UserError(f"{place}{head}{message}") from None
+
+
+@dataclass(frozen=True)
+class Undetermined:
+    """A stage whose work has no name yet: its spec comes out of a search that is not done."""
+
+    waits_for: str
+
+    is_done = False
 
 
 @dataclass(frozen=True)
@@ -51,9 +85,16 @@ class JobSpec:
     name: str
     stages: tuple[JobStage, ...]
     cluster: ClusterSpec
+    with_code: bool = False  # the code's version is part of every stage's identity
 
     @classmethod
-    def build(cls, name: str, stages: Mapping[str, JobStage], cluster: ClusterSpec) -> JobSpec:
+    def build(
+        cls,
+        name: str,
+        stages: Mapping[str, JobStage],
+        cluster: ClusterSpec,
+        with_code: bool = False,
+    ) -> JobSpec:
         """Order the stages.
 
         Raises:
@@ -63,45 +104,104 @@ class JobSpec:
         if not stages:
             raise UserError(f"job {name}: it has no stages; give at least one under 'stages:'.")
         for stage in stages.values():
-            for needed in stage.needs - stages.keys():
-                raise UserError(
-                    f"job {name}: stage '{stage.name}' refers to ${{stage:{needed}}}, which is not "
-                    f"there{nearest(needed, stages)}; the stages are: {', '.join(stages)}."
-                )
+            for needed in sorted(stage.needs - stages.keys()):
+                with stage.blamed():
+                    raise UserError(
+                        f"it refers to ${{stage:{needed}}}, which is not there"
+                        f"{nearest(needed, stages)}; the stages are: {', '.join(stages)}."
+                    )
         graph = {name: stage.needs for name, stage in stages.items()}
         try:
             order = list(graphlib.TopologicalSorter(graph).static_order())
         except graphlib.CycleError as error:
-            raise UserError(
-                f"job {name}: the stages {' -> '.join(error.args[1])} wait for each other in a "
-                "cycle, so none could start; remove one of these references."
-            ) from None
+            cycle: list[str] = error.args[1]
+            with stages[cycle[0]].blamed():
+                raise UserError(
+                    f"the stages {' -> '.join(cycle)} wait for each other in a cycle, so none "
+                    "could start; remove one of these references."
+                ) from None
         position = {stage: index for index, stage in enumerate(stages)}
         depth: dict[str, int] = {}
         for stage_name in order:
             depth[stage_name] = max((depth[n] + 1 for n in graph[stage_name]), default=0)
         ordered = sorted(order, key=lambda n: (depth[n], position[n]))
-        return cls(name, tuple(stages[n] for n in ordered), cluster)
+        return cls(name, tuple(stages[n] for n in ordered), cluster, with_code)
 
-    def plan(self, storage: Location) -> Iterator[tuple[JobStage, Planned]]:
+    def stage(self, name: str) -> JobStage:
+        """Look a stage up.
+
+        Raises:
+            UserError: if there is none of that name, with the nearest right one.
+        """
+        names = [stage.name for stage in self.stages]
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise UserError(
+            f"job {self.name} has no stage '{name}'{nearest(name, names)}; its stages are: "
+            f"{', '.join(names)}."
+        )
+
+    def dependants(self, name: str) -> set[str]:
+        """Names of all stages that need a stage, directly or through others."""
+        found: set[str] = set()
+        for stage in self.stages:  # in order: what needs comes after what is needed
+            if stage.needs & (found | {name}):
+                found.add(stage.name)
+        return found
+
+    def plan(self, storage: Location) -> Iterator[tuple[JobStage, Planned | Undetermined]]:
         """Name every stage's work by content, in order; nothing is run.
 
         A stage's fingerprint comes from its spec and its inputs' fingerprints, so the whole chain
-        is known before its first stage has run.
+        is known before its first stage has run, but for what takes a search's settings.
+
+        Raises:
+            UserError: if an input cannot be read, or two stages are the same work, and so would
+                write one folder.
         """
-        planned: dict[str, Planned] = {}
+        planned: dict[str, Planned | Undetermined] = {}
+        writers: dict[str, str] = {}
         for stage in self.stages:
+            with stage.blamed():
+                found = self._planned(stage, planned, storage)
+                if isinstance(found, Planned):
+                    other = writers.setdefault(found.fingerprint, stage.name)
+                    if other != stage.name:
+                        raise UserError(
+                            f"it is the same work as stage '{other}' (spec and inputs are equal), "
+                            f"so both would write {found.output}; remove one, and refer to "
+                            f"${{stage:{other}}}."
+                        )
+            planned[stage.name] = found
+            yield stage, found
 
-            def resolved(key: str, source: Source) -> Input:
-                if isinstance(source, StageReference):
-                    return planned[source.name].as_input()
-                return Input.of_folder(key, source)
+    def _planned(
+        self, stage: JobStage, known: Mapping[str, Planned | Undetermined], storage: Location
+    ) -> Planned | Undetermined:
+        for needed in sorted(stage.needs):
+            before = known[needed]
+            if isinstance(before, Undetermined):
+                return before
+        spec = stage.spec
+        if stage.trial is not None:
+            search = known[stage.trial.search.name]
+            assert isinstance(search, Planned)
+            if not search.is_done:
+                return Undetermined(stage.trial.search.name)
+            spec = stage.trial.spec_with(search.output)
 
-            inputs: dict[str, Input | list[Input]] = {
-                key: resolved(key, given)
-                if isinstance(given, StageReference | Location)
-                else [resolved(key, source) for source in given]
-                for key, given in stage.inputs.items()
-            }
-            planned[stage.name] = plan(stage.kind, stage.spec, inputs, storage)
-            yield stage, planned[stage.name]
+        def resolved(key: str, source: Source) -> Input:
+            if isinstance(source, StageReference):
+                before = known[source.name]
+                assert isinstance(before, Planned)
+                return before.as_input()
+            return Input.of_folder(key, source)
+
+        inputs: dict[str, Input | list[Input]] = {
+            key: resolved(key, given)
+            if isinstance(given, StageReference | Location)
+            else [resolved(key, source) for source in given]
+            for key, given in stage.inputs.items()
+        }
+        return plan(stage.kind, spec, inputs, storage, self.with_code)

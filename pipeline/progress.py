@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import rich.progress
 from rich.console import Console
@@ -28,6 +28,9 @@ class Progress:
         total: how much there is, or None when nobody knows.
         unit: what is counted: "rows", "tokens", "steps", "documents".
     """
+
+    # Those under way in this process, the newest last.
+    _under_way: ClassVar[list[Progress]] = []
 
     def __init__(
         self, what: str, total: float | None, unit: str, console: Console | None = None
@@ -45,6 +48,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._started = self._last_line = time.monotonic()
+        self._under_way.append(self)
         if self.console.is_terminal:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description}"),
@@ -78,10 +82,25 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._under_way.remove(self)
         if self._bar is not None:
             self._bar.stop()
         if kind is None and self._printed != self._done:
             self._print_line()
+
+    @classmethod
+    def newest(cls) -> dict[str, Any] | None:
+        """The state of what is under way in this process, for others to read; None when idle."""
+        try:
+            shown = cls._under_way[-1]
+        except IndexError:
+            return None
+        return {
+            "what": shown.what,
+            "done": shown._done,
+            "total": shown.total,
+            "line": shown._line(),
+        }
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()

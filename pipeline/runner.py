@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Literal
 
-from pipeline.artifact import Artifact, fingerprint, now, numbered, versions
-from pipeline.errors import UserError, nearest
+from rich.console import Console
+
+from pipeline.artifact import Artifact, code_version, fingerprint, now, numbered, versions
+from pipeline.errors import UserError, nearest, user_error_within
+from pipeline.external import external_inputs
+from pipeline.lease import FOLDER as LEASE
+from pipeline.lease import Claim, held
+from pipeline.progress import Progress
 from pipeline.specs import EvaluateSpec, PreprocessSpec, ReportSpec, Spec, TrainSpec, TuneSpec
 from pipeline.storage import Location
 
@@ -20,9 +28,7 @@ StageName = Literal["preprocess", "train", "tune", "evaluate", "report"]
 class StageKind:
     """One kind of stage: its spec, its inputs, and the module that runs it.
 
-    The module holds `run_<stage>(spec, inputs, output) -> figures` and, when the spec names
-    content outside of any artifact (raw files, a pretrained backbone), `external_inputs(spec)
-    -> {name: fingerprint}`.
+    The module holds `run_<stage>(spec, inputs, output) -> figures`.
     """
 
     name: str
@@ -37,20 +43,11 @@ class StageKind:
         """Every name that an input of this stage may have."""
         return self.inputs + self.optional_inputs + self.list_inputs
 
-    def _module(self) -> Any:
-        return import_module(f"pipeline.stages.{self.name}")
-
     def run(self, spec: Spec, inputs: Mapping[str, Location], output: Location) -> dict[str, Any]:
         """Do the work; return the figures for the record."""
-        run: Callable[..., dict[str, Any]] = getattr(self._module(), f"run_{self.name}")
+        module = import_module(f"pipeline.stages.{self.name}")
+        run: Callable[..., dict[str, Any]] = getattr(module, f"run_{self.name}")
         return run(spec, dict(inputs), output)
-
-    def external_inputs(self, spec: Spec) -> dict[str, str]:
-        """Fingerprints of what the spec names outside of any artifact."""
-        if self.name == "report":
-            return {}
-        found: dict[str, str] = self._module().external_inputs(spec)
-        return found
 
 
 KINDS: dict[str, StageKind] = {
@@ -117,6 +114,7 @@ class Planned:
     spec: Spec
     inputs: dict[str, Location]
     input_fingerprints: dict[str, str]
+    input_files: dict[str, dict[str, str]]  # of external inputs: name -> file -> sha256
     fingerprint: str
     output: Location
     found: Artifact | None
@@ -132,9 +130,20 @@ class Planned:
 
 
 def plan(
-    name: str, spec: Spec, inputs: Mapping[str, Input | Sequence[Input]], storage: Location
+    name: str,
+    spec: Spec,
+    inputs: Mapping[str, Input | Sequence[Input]],
+    storage: Location,
+    with_code: bool = False,
 ) -> Planned:
     """Name a stage's work by content, and see whether it is done; nothing is run.
+
+    Args:
+        name: the kind of stage.
+        spec: what to do.
+        inputs: what to read.
+        storage: where artifacts lie.
+        with_code: make the code's version part of the identity, so that changed code runs again.
 
     Raises:
         UserError: if an input is missing or unknown, or an external one cannot be read.
@@ -142,12 +151,22 @@ def plan(
     kind = kind_of(name)
     _check_input_names(kind, inputs)
     flat = _numbered(inputs)
+    external = external_inputs(spec)
     fingerprints = {key: given.fingerprint for key, given in flat.items()}
-    fingerprints |= kind.external_inputs(spec)
+    fingerprints |= {key: found.fingerprint for key, found in external.items()}
+    fingerprints |= {"code": code_version()} if with_code else {}
     identity = fingerprint(name, spec.identity(), fingerprints)
     output = storage / name / identity[:16]
-    folders = {key: given.folder for key, given in flat.items()}
-    return Planned(kind, spec, folders, fingerprints, identity, output, Artifact.find(output))
+    return Planned(
+        kind=kind,
+        spec=spec,
+        inputs={key: given.folder for key, given in flat.items()},
+        input_fingerprints=fingerprints,
+        input_files={key: found.files for key, found in external.items() if found.files},
+        fingerprint=identity,
+        output=output,
+        found=Artifact.find(output),
+    )
 
 
 def _check_input_names(kind: StageKind, inputs: Mapping[str, Any]) -> None:
@@ -176,13 +195,57 @@ def _numbered(inputs: Mapping[str, Input | Sequence[Input]]) -> dict[str, Input]
     return flat
 
 
-def run_stage(planned: Planned) -> Artifact:
+@dataclass(frozen=True)
+class Label:
+    """For whom a stage runs: which job, and as which of its stages."""
+
+    job: str | None = None
+    name: str | None = None
+
+
+def run_stage(planned: Planned, label: Label = Label(), force: bool = False) -> Artifact:
     """Return the stage's artifact: the one that is there, else run the stage.
 
-    An interrupted stage goes on in the same folder from what it finds there.
+    An interrupted stage goes on in the same folder from what it finds there. While another process
+    runs it, this one waits, and then takes its result.
+
+    Args:
+        planned: the stage.
+        label: for whom it runs.
+        force: do it anew, although it is done; what lies in its folder is deleted.
+
+    Raises:
+        KeyboardInterrupt: if it was interrupted, or cancelled by `request_cancel`.
     """
-    if planned.is_done and planned.found is not None:
+    if planned.is_done and planned.found is not None and not force:
         return planned.found
+    stopped: list[str] = []
+
+    def stop(why: str) -> Callable[[], None]:
+        def interrupt() -> None:
+            stopped.append(why)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        return interrupt
+
+    with held(
+        planned.output,
+        progress=Progress.newest,
+        on_wait=lambda claim: _say_who_is_first(planned, claim),
+        on_cancel=stop("it was cancelled"),
+        on_lost=stop("its lease was lost: the storage could not be written for too long"),
+    ):
+        found = Artifact.find(planned.output)
+        if found is not None and found.status == "done":
+            if not force:
+                return found
+            _clear(planned.output)
+        return _run_and_record(planned, label, found, stopped)
+
+
+def _run_and_record(
+    planned: Planned, label: Label, before: Artifact | None, stopped: list[str]
+) -> Artifact:
     started = time.monotonic()
     record = Artifact(
         folder=planned.output,
@@ -191,14 +254,24 @@ def run_stage(planned: Planned) -> Artifact:
         spec=planned.spec.model_dump(mode="json"),
         inputs=planned.input_fingerprints,
         input_folders={name: str(folder) for name, folder in planned.inputs.items()},
+        input_files=planned.input_files,
         status="running",
         started_at=now(),
         versions=versions(),
+        job=label.job,
+        name=label.name,
+        attempts=before.attempts + 1 if before and before.status != "done" else 1,
     ).save()
     try:
         figures = planned.kind.run(planned.spec, planned.inputs, planned.output)
-    except BaseException:
-        replace(record, status="failed", finished_at=now()).save()
+    except (KeyboardInterrupt, SystemExit):  # Ray Train leaves the process when it is interrupted
+        why = stopped[0] if stopped else "it was interrupted"
+        replace(record, status="cancelled", finished_at=now(), error=why).save()
+        raise KeyboardInterrupt from None
+    except BaseException as error:
+        reason = user_error_within(error)
+        text = reason.message if reason else f"{type(error).__name__}: {error}"
+        replace(record, status="failed", finished_at=now(), error=_short(text)).save()
         raise
     return replace(
         record,
@@ -207,3 +280,23 @@ def run_stage(planned: Planned) -> Artifact:
         took_s=round(time.monotonic() - started, 3),
         figures=figures,
     ).save()
+
+
+def _say_who_is_first(planned: Planned, claim: Claim) -> None:
+    Console().print(
+        f"{planned.kind.name}: {claim.holder} has been running this since {claim.since}; waiting "
+        "for its result",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _clear(folder: Location) -> None:
+    for child in folder.children():
+        if child.name != LEASE:
+            child.delete()
+
+
+def _short(text: str, most: int = 600) -> str:
+    """An error's text for the record: the last line, a worker's traceback ends with the reason."""
+    lines = text.strip().splitlines() or [""]
+    return lines[-1].strip()[:most]

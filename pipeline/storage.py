@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Location:
     filesystem: fs.FileSystem
     path: str
     scheme: str  # "" for local paths, else "s3", "gs", …
+    query: str = ""  # of the URI: which server, region and so on
 
     @classmethod
     def parse(cls, uri: str | os.PathLike[str]) -> Location:
@@ -43,14 +44,17 @@ class Location:
                 f"'{text}' is not a location that can be opened: expected a path or a URI such as "
                 f"s3://bucket/folder ({error})."
             ) from None
-        scheme = text.split("://", 1)[0]
-        return cls(filesystem, path, "" if scheme == "file" else scheme)
+        scheme, _, query = text.split("://", 1)[0], *text.partition("?")[1:]
+        return cls(filesystem, path, "" if scheme == "file" else scheme, query)
 
     def __truediv__(self, name: str) -> Location:
-        return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}", self.scheme)
+        return replace(self, path=f"{self.path.rstrip('/')}/{name}")
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.path}" if self.scheme else self.path
+        """What `parse` reads; without a user's name and password, which belong into no log."""
+        if not self.scheme:
+            return self.path
+        return f"{self.scheme}://{self.path}" + (f"?{self.query}" if self.query else "")
 
     @property
     def name(self) -> str:
@@ -60,7 +64,7 @@ class Location:
     @property
     def parent(self) -> Location:
         """The folder that holds this."""
-        return Location(self.filesystem, self.path.rstrip("/").rsplit("/", 1)[0], self.scheme)
+        return replace(self, path=self.path.rstrip("/").rsplit("/", 1)[0])
 
     @property
     def is_local(self) -> bool:
@@ -83,7 +87,7 @@ class Location:
         """Files and folders below this folder, by name; empty when it is not there."""
         selector = fs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
         found = sorted(info.path for info in self.filesystem.get_file_info(selector))
-        return [Location(self.filesystem, path, self.scheme) for path in found]
+        return [replace(self, path=path) for path in found]
 
     def make_folder(self) -> Location:
         """Create this folder and those above it; return it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyarrow import fs
 
@@ -98,7 +98,7 @@ def _in_folder(key: str, root: Location, kind: Format) -> Found:
 def _matching(key: str, uri: str, root: Location) -> Found:
     parts = root.path.split("/")
     fixed = next(i for i, part in enumerate(parts) if any(c in part for c in _GLOB_CHARACTERS))
-    base = Location(root.filesystem, "/".join(parts[:fixed]) or "/", root.scheme)
+    base = replace(root, path="/".join(parts[:fixed]) or "/")
     pattern = _pattern("/".join(parts[fixed:]))
     files = [
         _found(base / name, info, name) for name, info in _below(base) if pattern.fullmatch(name)

@@ -50,7 +50,6 @@ from pipeline.specs.evaluate import EvaluationSpec
 from pipeline.storage import Location
 from pipeline.weights import (
     check_tokenizer,
-    fingerprint_weights,
     load_config,
     load_weights_tokenizer,
     resolve_weights,
@@ -71,22 +70,6 @@ _SHOWN = {
     "mutual_information": ("mutual information", "documents"),
     "reference": ("reference model", "texts"),
 }
-# Settings that name a folder with another model.
-_MODELS = ("reference_model", "mauve_model", "bertscore_model")
-
-
-def external_inputs(spec: EvaluateSpec) -> dict[str, str]:
-    """Fingerprints of the further models that judge texts.
-
-    Raises:
-        UserError: if one of them is not there.
-    """
-    folders = {name: getattr(spec.evaluate, name) for name in _MODELS}
-    return {
-        name: fingerprint_weights(Location.parse(folder))
-        for name, folder in folders.items()
-        if folder is not None
-    }
 
 
 def run_evaluate(

@@ -60,19 +60,8 @@ _THREADS = 16  # for many small files
 _UNITS_IN_FLIGHT = 4  # units that an actor has, those that wait included
 
 
-def external_inputs(spec: PreprocessSpec) -> dict[str, str]:
-    """Fingerprints of the corpus and of a loaded tokenizer, from their content; without Ray.
-
-    Raises:
-        UserError: if a file is missing, empty or damaged.
-    """
-    found = dict(index_corpus(spec.corpus, spec.shard_bytes).fingerprints)
-    if spec.tokenizer.path is not None:
-        found["tokenizer"] = _fingerprint_source(spec.tokenizer)
-    return found
-
-
-def _fingerprint_source(tokenizer: TokenizerSpec) -> str:
+def fingerprint_source(tokenizer: TokenizerSpec) -> str:
+    """Name a tokenizer that is loaded by its content."""
     path = str(tokenizer.path)
     folder = Location.parse(path)
     if tokenizer.kind == "gpt2" or folder.exists():

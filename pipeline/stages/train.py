@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.artifact import digest
 from pipeline.cluster import connected, require_cpus, require_shared_storage, wants_gpu
 from pipeline.errors import UserError, user_error_within
 from pipeline.progress import Progress, ProgressMailbox, duration, followed
@@ -21,30 +19,6 @@ from pipeline.training.metrics import SUMMARY, read_rows
 from pipeline.training.model import Vocabulary, della_config
 
 RUN_NAME = "checkpoints"
-
-
-def external_inputs(spec: TrainSpec) -> dict[str, str]:
-    """The fingerprint of a pretrained backbone: of its files, or its hub id."""
-    name = spec.model.backbone
-    if name is None:
-        return {}
-    folder = Location.parse(name)
-    if folder.is_local and not folder.exists():
-        return {"backbone": digest({"hub_id": name})}
-    files = [file for file in folder.children() if file.is_file() and _is_content(file.name)]
-    return {"backbone": digest({file.name: _sha256(file) for file in files})}
-
-
-def _is_content(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin", ".json", ".txt"))
-
-
-def _sha256(file: Location) -> str:
-    found = hashlib.sha256()
-    with file.filesystem.open_input_stream(file.path, compression=None) as stream:
-        while chunk := stream.read(1 << 22):
-            found.update(chunk)
-    return found.hexdigest()
 
 
 def run_train(spec: TrainSpec, inputs: dict[str, Location], output: Location) -> dict[str, Any]:

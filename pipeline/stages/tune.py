@@ -25,11 +25,6 @@ from pipeline.tuning.space import check_space, tune_domains, with_settings
 _DRIVER_CPUS = 0.1
 
 
-def external_inputs(spec: TuneSpec) -> dict[str, str]:
-    """Fingerprints of what the trials read beside the dataset."""
-    return train_stage.external_inputs(spec.trial)
-
-
 def run_tune(spec: TuneSpec, inputs: dict[str, Location], output: Location) -> dict[str, Any]:
     """Search, and leave the best trial's settings in `best.yaml`.
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jobs.entry import CONF, choices, compose, override_value, spec_values, trial_overrides
-from jobs.job_file import job_from_config, split_stage_overrides
+from jobs.job_file import expand_arguments, job_from_config
 from pipeline.errors import UserError
 from pipeline.specs import EvaluateSpec, PreprocessSpec, TrainSpec, TuneSpec
 
@@ -96,7 +96,7 @@ def test_compose_mistake_is_one_sentence(name, overrides, expected):
 
 def test_job_stage_overrides_reach_the_stage_and_win():
     arguments = ["job=demo", "model.train.max_steps=7", "data.tokenizer.vocab_size=301"]
-    job = job_from_config(compose("run", split_stage_overrides(arguments)))
+    job = job_from_config(compose("run", expand_arguments(arguments)))
     specs = {stage.name: stage.spec for stage in job.stages}
     assert specs["model"].train.max_steps == 7
     assert specs["data"].tokenizer.vocab_size == 301
@@ -113,7 +113,7 @@ def test_job_stage_overrides_reach_the_stage_and_win():
 )
 def test_job_stage_override_mistake_names_the_stage(argument, expected):
     with pytest.raises(UserError) as caught:
-        job_from_config(compose("run", split_stage_overrides(["job=demo", argument])))
+        job_from_config(compose("run", expand_arguments(["job=demo", argument])))
     assert expected in caught.value.message
 
 

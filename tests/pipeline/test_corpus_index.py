@@ -14,8 +14,8 @@ import pytest
 from pipeline.corpora import index_corpus
 from pipeline.corpora.files import find_files
 from pipeline.errors import UserError
+from pipeline.external import fingerprints as external_inputs
 from pipeline.specs import CorpusSpec
-from pipeline.stages.preprocess import external_inputs
 from tests.pipeline.preprocess_data import make_lines, make_spec, write_lines
 
 

@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
+from pipeline.external import fingerprints as external_inputs
 from pipeline.shards import Dataset
 from pipeline.specs import TrainSpec
-from pipeline.stages.train import RUN_NAME, check_inputs, external_inputs, run_train
+from pipeline.stages.train import RUN_NAME, check_inputs, run_train
 from pipeline.storage import Location
 from pipeline.training.metrics import read_rows
 from tests.pipeline.train_data import small_dataset, train_spec
