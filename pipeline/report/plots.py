@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +139,14 @@ def bar_panel(
         _finish_y(axes, unit)
         if len(groups) > 1:
             _legend(axes)
+        return _svg(figure, name)
+
+
+def drawn_panel(name: str, draw: Callable[[Any], None]) -> str:
+    """A panel of any kind: `draw` puts it on matplotlib axes, in the page's style and colours."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes()
+        draw(axes)
         return _svg(figure, name)
 
 

@@ -33,18 +33,19 @@ _ACTIVE_COLORS = {"0.01": VALID, "0.2": layer_color(2, 4)}
 
 def as_html(page: dict[str, Any]) -> str:
     """The page as one HTML file that refers to nothing outside of it."""
-    return _template("template.html.jinja", autoescape=True).render(
+    return template("template.html.jinja", autoescape=True).render(
         page=page, training_panels=list(_training_panels(page)), latent_panels=list(_latents(page))
     )
 
 
 def as_markdown(page: dict[str, Any]) -> str:
     """The page as Markdown, without plots."""
-    text = _template("template.md.jinja", autoescape=False).render(page=page)
+    text = template("template.md.jinja", autoescape=False).render(page=page)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def _template(name: str, autoescape: bool) -> jinja2.Template:
+def template(name: str, autoescape: bool) -> jinja2.Template:
+    """A template of this folder, with the filters that pages share."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=autoescape,
