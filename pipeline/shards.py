@@ -2,7 +2,8 @@
 
 `<split>/part-*.parquet` beside `manifest.json`, which is written last: it is the commit marker,
 and names every part with its rows, tokens, size and checksum. A folder without a manifest holds
-no dataset, whatever else lies in it.
+no dataset, whatever else lies in it. Every page carries a checksum too, which is verified as it is
+read: damage is found before training sees it, without reading a part for that alone.
 """
 
 from __future__ import annotations
@@ -270,7 +271,9 @@ class Split:
     def _read(self, part: Part, read: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
         path = (self.folder / part.file).path
         try:
-            with pq.ParquetFile(path, filesystem=self.folder.filesystem) as file:
+            with pq.ParquetFile(
+                path, filesystem=self.folder.filesystem, page_checksum_verification=True
+            ) as file:
                 return read(file)
         except (pa.ArrowException, OSError) as error:
             raise self._damaged(part, str(error).splitlines()[0]) from None

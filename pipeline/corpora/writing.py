@@ -280,6 +280,7 @@ class _PartWriter:
             compression="zstd",
             compression_level=1,
             use_dictionary=False,
+            write_page_checksum=True,  # whoever reads a page finds a flipped bit in it
             column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in tokens},
         )
         self._waiting: list[pa.RecordBatch] = []
