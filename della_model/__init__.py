@@ -6,7 +6,7 @@ equations to the functions here.
 """
 
 from della_model.aggregate import log_aggregate_posterior
-from della_model.config import DellaConfig
+from della_model.config import LATENTS, DellaConfig
 from della_model.errors import ConfigError, InputError
 from della_model.estimators import (
     ImportanceSamples,
@@ -15,7 +15,7 @@ from della_model.estimators import (
     iw_nll,
     iw_nll_of_weights,
 )
-from della_model.fusion import FUSIONS, LowRankTensorFusion
+from della_model.fusion import FUSIONS, Fusion, LowRankTensorFusion
 from della_model.gaussian import DiagonalGaussian
 from della_model.latents import LatentChain, LatentSample
 from della_model.model import Della
@@ -27,6 +27,7 @@ from della_model.sizes import SIZES, gpt2_config
 
 __all__ = [
     "FUSIONS",
+    "LATENTS",
     "SIZES",
     "BetaSchedule",
     "ConfigError",
@@ -35,6 +36,7 @@ __all__ = [
     "DellaOutput",
     "DiagonalGaussian",
     "ElboTerms",
+    "Fusion",
     "ImportanceSamples",
     "InputError",
     "LatentChain",

@@ -10,22 +10,30 @@ from transformers import AutoConfig, GPT2Config, PreTrainedConfig
 
 from della_model.backbones import BACKBONES
 from della_model.errors import ConfigError, unknown_name
-from della_model.fusion import FUSIONS
+from della_model.fusion import FUSIONS, REPLACING_FUSIONS
 from della_model.pooling import POOLINGS
+
+LATENTS = ("layerwise", "single", "independent", "none")
+ENCODERS = ("shared", "separate")
 
 
 class DellaConfig(PreTrainedConfig):
     """What `Della` is built from; saved beside the weights in one `config.json`.
 
     Args:
-        backbone: configuration of the decoder (also of the encoder, which shares its weights), as
-            an object or a dictionary with `model_type`. Default: GPT-2's published base size.
-        latent_size: p, the size of each layer's latent.
+        backbone: configuration of the decoder (also of the encoder, which has its shape), as an
+            object or a dictionary with `model_type`. Default: GPT-2's published base size.
+        latents: "layerwise", a latent in every layer that depends on those below (DELLA);
+            "independent", one in every layer that does not; "single", one for all layers; "none",
+            a plain language model.
+        latent_size: p, the size of each latent.
         latent_layers: first and last decoder layer with a latent, counted from 0, both included;
             None for all.
-        fusion: how a latent enters the values of its layer, a name in `fusion.FUSIONS`.
+        encoder: "shared", the decoder's own weights without latents; "separate", weights of its
+            own, which start as a pretrained backbone's where there is one.
+        fusion: how latents enter the decoder, a name in `fusion.FUSIONS`.
         fusion_rank: R of the low-rank fusion.
-        fusion_residual: True adds the fusion to the values, starting as the identity; False
+        fusion_residual: True adds a product to the values, starting as the identity; False
             replaces them, as in the paper.
         pooling: how an encoder layer's hidden states become one vector, a name in
             `pooling.POOLINGS`.
@@ -38,8 +46,10 @@ class DellaConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     backbone: Any = None
+    latents: Any = "layerwise"
     latent_size: Any = 32
     latent_layers: Any = None
+    encoder: Any = "shared"
     fusion: Any = "low_rank"
     fusion_rank: Any = 4
     fusion_residual: Any = True
@@ -69,13 +79,27 @@ class DellaConfig(PreTrainedConfig):
     @property
     def num_latent_layers(self) -> int:
         """L, the number of latents of a document."""
-        return len(self.latent_layer_indices)
+        return len(self.feature_layers)
 
     @property
     def latent_layer_indices(self) -> range:
-        """The decoder layers that have a latent, counted from 0."""
+        """The decoder layers that a latent enters, counted from 0."""
+        if self.latents == "none":
+            return range(0)
         first, last = self.latent_layers or (0, self.backbone.num_hidden_layers - 1)
         return range(first, last + 1)
+
+    @property
+    def feature_layers(self) -> range:
+        """The encoder layers that posteriors are inferred from, one for each latent."""
+        layers = self.latent_layer_indices
+        return layers[-1:] if self.latents == "single" else layers
+
+    def latent_of_layer(self, layer: int) -> int | None:
+        """Which of a document's latents enters a decoder layer; None where none does."""
+        if layer not in self.latent_layer_indices:
+            return None
+        return 0 if self.latents == "single" else layer - self.latent_layer_indices.start
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:  # noqa: ARG002
         """The backbone's: generation sizes its cache and finds its token ids there."""
@@ -85,17 +109,25 @@ class DellaConfig(PreTrainedConfig):
         """Raises ConfigError at the first field that cannot be used."""
         _check_whole("latent_size", self.latent_size, "a latent needs a dimension; 32 is usual")
         _check_whole("fusion_rank", self.fusion_rank, "without a rank nothing is fused; 4 is usual")
-        if self.fusion not in FUSIONS:
-            raise ConfigError(unknown_name("fusion", self.fusion, FUSIONS))
-        if self.pooling not in POOLINGS:
-            raise ConfigError(unknown_name("pooling", self.pooling, POOLINGS))
+        for name, known in _NAMES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(unknown_name(name, getattr(self, name), known))
+        self._check_fusion_residual()
+        self._check_latent_layers()
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            self._check_token(name, getattr(self.backbone, name, None))
+
+    def _check_fusion_residual(self) -> None:
         if not isinstance(self.fusion_residual, bool):
             raise ConfigError(
                 f"fusion_residual: expected true or false, got {self.fusion_residual!r}."
             )
-        self._check_latent_layers()
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            self._check_token(name, getattr(self.backbone, name, None))
+        if not self.fusion_residual and self.fusion not in REPLACING_FUSIONS:
+            raise ConfigError(
+                f"fusion_residual: expected true for fusion {self.fusion!r}, got false: only a "
+                f"product with the values can replace them; choose the fusion "
+                f"{' or '.join(REPLACING_FUSIONS)}, or leave fusion_residual out."
+            )
 
     def _check_latent_layers(self) -> None:
         layers, count = self.latent_layers, self.backbone.num_hidden_layers
@@ -121,6 +153,9 @@ class DellaConfig(PreTrainedConfig):
                     f"{self.backbone.vocab_size}, got {one}: it would have no embedding; give the "
                     "tokenizer's own id."
                 )
+
+
+_NAMES = {"latents": LATENTS, "encoder": ENCODERS, "fusion": FUSIONS, "pooling": POOLINGS}
 
 
 def _is_whole(value: Any) -> bool:
@@ -153,7 +188,7 @@ def check_supported(model_type: Any) -> None:
                 "backbone.model_type",
                 model_type,
                 BACKBONES,
-                "Each family needs an adapter in della_model.backbones, which places the fusion.",
+                "Each family needs an adapter in della_model.backbones: where latents enter.",
             )
         )
 

@@ -31,12 +31,13 @@ class LatentSample:
     @property
     def kl_per_layer(self) -> Float[Tensor, "*batch layers"]:
         """KL(q(z_l | z_<l, x) ‖ p(z_l | z_<l)) in nats, in closed form given the draw's z_<l."""
-        pairs = zip(self.posteriors, self.priors, strict=True)
-        return torch.stack([q.kl_divergence(p) for q, p in pairs], dim=-1)
+        return self.kl_per_dimension.sum(-1)
 
     @property
     def kl_per_dimension(self) -> Float[Tensor, "*batch layers latent"]:
         """`kl_per_layer` before the sum over a layer's dimensions, in nats."""
+        if not self.posteriors:
+            return self.latents
         pairs = zip(self.posteriors, self.priors, strict=True)
         return torch.stack([q.kl_per_dimension(p) for q, p in pairs], dim=-2)
 
@@ -54,6 +55,8 @@ class LatentSample:
 def _log_prob_per_layer(
     gaussians: list[DiagonalGaussian], latents: Float[Tensor, "*batch layers latent"]
 ) -> Float[Tensor, "*out layers"]:
+    if not gaussians:
+        return latents.sum(-1)
     values = latents.unbind(-2)
     return torch.stack([g.log_prob(z) for g, z in zip(gaussians, values, strict=True)], dim=-1)
 
@@ -67,16 +70,23 @@ class LatentChain(nn.Module):
       linear map of [h_l; x_l]; written in two so that every (z, x) pair of an evaluation set costs
       a sum and not a product. Starts at scale 1 with a small loc.
 
+    Not `linked`, the latents are independent: every h_l is 0, so p(z_l) = N(0, I) and q(z_l | x) is
+    from x_l alone. With one layer that is the usual variational autoencoder; with none there are no
+    latents, and every sum over them is 0.
+
     Layers count from 0 in code. All leading dimensions broadcast: features [B, L, H] with noise
     [K, B, L, p] give K draws a document.
     """
 
-    def __init__(self, num_layers: int, latent_size: int, feature_size: int) -> None:
+    def __init__(
+        self, num_layers: int, latent_size: int, feature_size: int, linked: bool = True
+    ) -> None:
         super().__init__()
         self.num_layers = num_layers
         self.latent_size = latent_size
         self.feature_size = feature_size
-        later = range(1, num_layers)
+        self.linked = linked
+        later = range(1, num_layers) if linked else range(0)
 
         def linears(layers: range, inputs: int, outputs: int, bias: bool) -> nn.ModuleList:
             return nn.ModuleList(nn.Linear(inputs, outputs, bias=bias) for _ in layers)
@@ -195,10 +205,12 @@ class LatentChain(nn.Module):
         priors: list[DiagonalGaussian] = []
         summary: Tensor | None = None
         for layer in range(self.num_layers):
-            if layer > 0:
+            if self.linked and layer > 0:
                 summary = self._next_summary(layer, summary, latents[-1])
             priors.append(self._prior(layer, summary, like))
             latents.append(next_latent(layer, summary))
+        if not latents:
+            return like[..., :0, :], priors
         return torch.stack(latents, dim=-2), priors
 
     def _next_summary(self, layer: int, previous: Tensor | None, latent: Tensor) -> Tensor:

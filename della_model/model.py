@@ -20,12 +20,13 @@ from della_model.backbones import BACKBONES
 from della_model.backbones.base import encode
 from della_model.config import DellaConfig, check_supported
 from della_model.errors import InputError
-from della_model.fusion import FUSIONS, Fusion
+from della_model.fusion import FUSIONS, Fusion, LatentMemory, Shift
 from della_model.gaussian import at_least_float32
 from della_model.head import VocabularyHead
 from della_model.latents import LatentChain, LatentSample
 from della_model.outputs import DellaOutput, ElboTerms
 from della_model.pooling import Pooling
+from della_model.routing import place_fusion, place_memory, route_latent
 from della_model.shapes import Bool, Float, Int
 
 # Options of `from_pretrained` that say which files are meant: the configuration's too.
@@ -33,12 +34,13 @@ _SOURCE_OPTIONS = {"revision", "subfolder", "cache_dir", "token", "local_files_o
 
 
 class Della(PreTrainedModel, GenerationMixin):
-    """Encoder and decoder are one backbone, run twice.
+    """Encoder and decoder are one backbone, run twice, or two of one shape.
 
-    1. `features`: the backbone without latents, every position seeing every other; hidden states
+    1. `features`: the encoder without latents, every position seeing every other; hidden states
        after each latent layer are pooled over unpadded positions to x_l.
     2. `infer`: the chain draws z_l ~ q(z_l | z_<l, x).
-    3. `reconstruction_nll`: the backbone, causal, layer l's attention values fused with z_l.
+    3. `reconstruction_nll`: the backbone, causal, under the latents: layer l's attention values
+       fused with z_l, or another of the ways in `fusion`.
 
     A document is BOS, its tokens, EOS; `attention_mask` is 1 on them and 0 on padding, which stands
     at the right or at the left and changes nothing. Token ids are never asked what padding is: in
@@ -52,7 +54,12 @@ class Della(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _skip_keys_device_placement = ("past_key_values",)
 
-    def __init__(self, config: DellaConfig, backbone: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self,
+        config: DellaConfig,
+        backbone: PreTrainedModel | None = None,
+        encoder: PreTrainedModel | None = None,
+    ) -> None:
         # transformers writes dtypes and attention implementations into a configuration; a second
         # model built from the caller's must not find them there.
         config = copy.deepcopy(config)
@@ -62,19 +69,49 @@ class Della(PreTrainedModel, GenerationMixin):
             backbone = adapter.build(config.backbone)
         else:
             config.backbone = backbone.config
-            for module in backbone.modules():  # its weights are loaded: not to be drawn anew
-                module._is_hf_initialized = True
+            _keep_weights(backbone)
         self.backbone = backbone
         self._adapter = adapter
-        adapter.install_fusions(
-            backbone, [(layer, _build_fusion(config)) for layer in config.latent_layer_indices]
-        )
+        if config.encoder == "separate" and config.num_latent_layers:
+            if encoder is None:
+                encoder = adapter.trunk(adapter.build(copy.deepcopy(config.backbone)))
+            else:
+                _keep_weights(encoder)
+            self.encoder = encoder
+        self._place_fusions()
         hidden_size = config.backbone.hidden_size
         self.pooling = nn.ModuleList(
-            Pooling(hidden_size, config.pooling) for _ in config.latent_layer_indices
+            Pooling(hidden_size, config.pooling) for _ in config.feature_layers
         )
-        self.chain = LatentChain(config.num_latent_layers, config.latent_size, hidden_size)
+        self.chain = LatentChain(
+            config.num_latent_layers,
+            config.latent_size,
+            hidden_size,
+            linked=config.latents == "layerwise",
+        )
         self.post_init()
+
+    def _place_fusions(self) -> None:
+        """Opens the decoder where the configuration's fusion lets latents in."""
+        config, entry = self.config, FUSIONS[self.config.fusion]
+        for layer, attention in enumerate(self._adapter.self_attentions(self.backbone)):
+            slot = config.latent_of_layer(layer)
+            if slot is not None and entry.values is not None:
+                fusion = entry.values(
+                    attention.value_size,
+                    config.latent_size,
+                    config.fusion_rank,
+                    config.fusion_residual,
+                )
+                place_fusion(attention, fusion)
+            if slot is not None and entry.memory:
+                heads = attention.num_heads, attention.head_size
+                place_memory(attention, LatentMemory(*heads, config.latent_size))
+            route_latent(attention, slot)
+        shape = config.num_latent_layers, config.latent_size, config.backbone.hidden_size
+        has_latents = config.num_latent_layers > 0
+        self.embedding_shift = Shift(*shape) if has_latents and entry.embeddings else None
+        self.output_shift = Shift(*shape) if has_latents and entry.output else None
 
     @classmethod
     def from_backbone(cls, folder_or_hub_id: str | PathLike[str], **options: Any) -> Della:
@@ -92,7 +129,11 @@ class Della(PreTrainedModel, GenerationMixin):
         DellaConfig(backbone=backbone_config, **della_options)
         adapter = BACKBONES[backbone_config.model_type]
         backbone = adapter.load(folder_or_hub_id, **options)
-        model = cls(DellaConfig(backbone=backbone.config, **della_options), backbone=backbone)
+        config = DellaConfig(backbone=backbone.config, **della_options)
+        encoder = None
+        if config.encoder == "separate":
+            encoder = adapter.trunk(adapter.load(folder_or_hub_id, **options))
+        model = cls(config, backbone=backbone, encoder=encoder)
         model.generation_config = copy.deepcopy(backbone.generation_config)
         model.config.dtype = backbone.dtype
         return model.to(backbone.dtype)
@@ -106,10 +147,12 @@ class Della(PreTrainedModel, GenerationMixin):
     ) -> Float[Tensor, "batch layers hidden"]:
         """x_l for each latent layer: pooled hidden states of the bidirectional pass."""
         self._check_length(input_ids)
+        layers = self.config.feature_layers
+        if not layers:
+            size = self.config.backbone.hidden_size
+            return self.head.weight.new_zeros(len(input_ids), 0, size)
         unpadded = attention_mask.bool()
-        hidden = encode(
-            self.trunk, input_ids, unpadded, _positions(unpadded), self.config.latent_layer_indices
-        )
+        hidden = encode(self.encoder_trunk, input_ids, unpadded, _positions(unpadded), layers)
         pooled = [pool(h, unpadded) for pool, h in zip(self.pooling, hidden, strict=True)]
         return torch.stack(pooled, dim=1)
 
@@ -137,12 +180,12 @@ class Della(PreTrainedModel, GenerationMixin):
         inputs, known = input_ids[:, :-1], unpadded[:, :-1]
         if inputs.shape[1] == 0:
             return at_least_float32(latents).new_zeros(len(input_ids))
-        hidden = self.trunk(
-            input_ids=inputs,
+        hidden = self._decode(
+            inputs,
+            latents,
             attention_mask=known.long(),
             position_ids=_positions(known),
             use_cache=False,
-            latents=latents,
         ).last_hidden_state
         return self._nll_of_hidden(hidden, input_ids, unpadded)
 
@@ -190,13 +233,13 @@ class Della(PreTrainedModel, GenerationMixin):
         self._check_latents("latents", latents, len(input_ids))
         if position_ids is None and attention_mask.ndim == 2:
             position_ids = _positions(attention_mask.bool())[:, -input_ids.shape[1] :]
-        decoded = self.trunk(
-            input_ids=input_ids,
+        decoded = self._decode(
+            input_ids,
+            latents,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=bool(use_cache),
-            latents=latents,
             **kwargs,
         )
         hidden = decoded.last_hidden_state
@@ -278,6 +321,11 @@ class Della(PreTrainedModel, GenerationMixin):
         return self._adapter.trunk(self.backbone)
 
     @property
+    def encoder_trunk(self) -> PreTrainedModel:
+        """The blocks of the bidirectional pass: the decoder's own, or a second backbone's."""
+        return self.encoder if self.config.encoder == "separate" else self.trunk
+
+    @property
     def head(self) -> VocabularyHead:
         """The backbone's `lm_head`; again after its vocabulary was resized."""
         return VocabularyHead.adopt(self.backbone.get_output_embeddings())
@@ -307,9 +355,29 @@ class Della(PreTrainedModel, GenerationMixin):
         fusions inside it.
         """
         super().initialize_weights()
-        for module in self.modules():
-            if isinstance(module, Fusion | LatentChain | Pooling):
-                module.reset_parameters()
+        for module in self.latent_modules():
+            module.reset_parameters()
+
+    def latent_modules(self) -> list[Fusion | LatentChain | Pooling]:
+        """All that is there for the latents and not in the backbone; a second encoder is not."""
+        kinds = Fusion | LatentChain | Pooling
+        return [module for module in self.modules() if isinstance(module, kinds)]
+
+    def _decode(
+        self,
+        input_ids: Int[Tensor, "batch time"],
+        latents: Float[Tensor, "batch layers latent"],
+        **kwargs: Any,
+    ) -> Any:
+        """The trunk under latents; the one place where they enter, inside its layers or outside."""
+        tokens: dict[str, Tensor] = {"input_ids": input_ids}
+        if self.embedding_shift is not None:
+            embeddings = self.backbone.get_input_embeddings()(input_ids)
+            tokens = {"inputs_embeds": self.embedding_shift(embeddings, latents)}
+        decoded = self.trunk(**tokens, latents=latents, **kwargs)
+        if self.output_shift is not None:
+            decoded.last_hidden_state = self.output_shift(decoded.last_hidden_state, latents)
+        return decoded
 
     def _nll_of_hidden(
         self,
@@ -367,10 +435,10 @@ class Della(PreTrainedModel, GenerationMixin):
             )
 
 
-def _build_fusion(config: DellaConfig) -> Fusion:
-    value_size = BACKBONES[config.backbone.model_type].value_size(config.backbone)
-    make = FUSIONS[config.fusion]
-    return make(value_size, config.latent_size, config.fusion_rank, config.fusion_residual)
+def _keep_weights(loaded: PreTrainedModel) -> None:
+    """Its weights are loaded: not to be drawn anew."""
+    for module in loaded.modules():
+        module._is_hf_initialized = True
 
 
 def _positions(unpadded: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:

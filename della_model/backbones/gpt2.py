@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
 from transformers import GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
-from della_model.backbones.base import FusedProjection, route_latent
-from della_model.fusion import Fusion
+from della_model.routing import SelfAttention
 
 
 class GPT2Adapter:
-    """Fusions over transformers' own `GPT2LMHeadModel`."""
+    """transformers' own `GPT2LMHeadModel`."""
 
     def build(self, config: PreTrainedConfig) -> PreTrainedModel:
         """A GPT-2 with random weights."""
@@ -27,19 +25,9 @@ class GPT2Adapter:
         """The `GPT2Model` inside."""
         return backbone.transformer
 
-    def value_size(self, config: PreTrainedConfig) -> int:
-        """Every head has its own values, together as wide as the hidden states."""
-        return config.n_embd
-
-    def install_fusions(
-        self, backbone: PreTrainedModel, fusions: Sequence[tuple[int, Fusion]]
-    ) -> None:
-        """Wraps `c_attn` where there is a fusion, and routes `latents` in every layer."""
-        slots = {layer: (slot, fusion) for slot, (layer, fusion) in enumerate(fusions)}
-        for layer, block in enumerate(backbone.transformer.h):
-            slot, projection = 0, None
-            if layer in slots:
-                slot, fusion = slots[layer]
-                projection = FusedProjection(block.attn.c_attn, fusion, block.attn.split_size)
-                block.attn.c_attn = projection
-            route_latent(block.attn, projection, slot)
+    def self_attentions(self, backbone: PreTrainedModel) -> list[SelfAttention]:
+        """Every head has keys and values of its own."""
+        return [
+            SelfAttention(block.attn, "c_attn", block.attn.num_heads, block.attn.head_dim)
+            for block in backbone.transformer.h
+        ]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from della_model.backbones.base import FusedProjection, route_latent
-from della_model.fusion import Fusion
+from della_model.routing import SelfAttention
 
 
 class LlamaAdapter:
-    """Fusions over a causal language model of transformers that is built as Llama is.
+    """A causal language model of transformers that is built as Llama is.
 
     Values have a projection of their own, as wide as the key-value heads together: with grouped
     queries that is narrower than the hidden states.
@@ -34,24 +32,14 @@ class LlamaAdapter:
         """The model without its head."""
         return backbone.model
 
-    def value_size(self, config: PreTrainedConfig) -> int:
-        """Key-value heads times the width of one."""
-        head_dim = getattr(config, "head_dim", None)
-        width: int = head_dim or config.hidden_size // config.num_attention_heads
-        return config.num_key_value_heads * width
-
-    def install_fusions(
-        self, backbone: PreTrainedModel, fusions: Sequence[tuple[int, Fusion]]
-    ) -> None:
-        """Wraps `v_proj` where there is a fusion, and routes `latents` in every layer."""
-        slots = {layer: (slot, fusion) for slot, (layer, fusion) in enumerate(fusions)}
-        for layer, block in enumerate(backbone.model.layers):
-            attention = block.self_attn
-            slot, projection = 0, None
-            if layer in slots:
-                slot, fusion = slots[layer]
-                projection = FusedProjection(
-                    attention.v_proj, fusion, attention.v_proj.out_features
-                )
-                attention.v_proj = projection
-            route_latent(attention, projection, slot)
+    def self_attentions(self, backbone: PreTrainedModel) -> list[SelfAttention]:
+        """Keys and values have fewer heads than queries."""
+        return [
+            SelfAttention(
+                layer.self_attn,
+                "v_proj",
+                layer.self_attn.v_proj.out_features // layer.self_attn.head_dim,
+                layer.self_attn.head_dim,
+            )
+            for layer in backbone.model.layers
+        ]

@@ -18,9 +18,13 @@ class ModelSpec(Spec):
     backbone: Annotated[str | None, NotIdentity] = None
     context: int = Field(512, gt=2)  # longest document in tokens; from scratch only
     dropout: float = Field(0.1, ge=0, lt=1)
+    latents: Literal["layerwise", "single", "independent", "none"] = "layerwise"
     latent_size: int = Field(32, gt=0)
     latent_layers: tuple[int, int] | None = None  # first and last, both included; None: all
-    fusion: str = "low_rank"
+    encoder: Literal["shared", "separate"] = "shared"  # the encoder's weights
+    fusion: Literal["low_rank", "paper", "add", "embed", "memory", "softmax", "embed+memory"] = (
+        "low_rank"
+    )
     fusion_rank: int = Field(4, gt=0)
     fusion_residual: bool = True
     pooling: Literal["mean", "attention", "first_token"] = "attention"

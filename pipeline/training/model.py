@@ -157,8 +157,10 @@ def count_steps(spec: TrainSpec, order: BatchOrder) -> int:
 def _latent_options(spec: TrainSpec) -> dict[str, Any]:
     model = spec.model
     return {
+        "latents": model.latents,
         "latent_size": model.latent_size,
         "latent_layers": None if model.latent_layers is None else list(model.latent_layers),
+        "encoder": model.encoder,
         "fusion": model.fusion,
         "fusion_rank": model.fusion_rank,
         "fusion_residual": model.fusion_residual,

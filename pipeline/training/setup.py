@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from della_model import Della
 from pipeline.batches import BatchOrder, MicroBatch, Position, accumulation_steps
 from pipeline.shards import Dataset, Split
 from pipeline.specs import TrainSpec
@@ -21,8 +22,6 @@ from pipeline.training.model import (
     count_steps,
     learning_rate_schedule,
 )
-
-_LATENT_MODULES = ("pooling", "chain", "fusion")
 
 
 @dataclass(frozen=True)
@@ -107,11 +106,7 @@ def start_run(
     )
 
 
-def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+def count_parameters(model: Della) -> tuple[int, int]:
     """All parameters, and those that exist for the latents: pooling, chain and fusions."""
-    total = latent = 0
-    for name, parameter in model.named_parameters():
-        total += parameter.numel()
-        if any(part in _LATENT_MODULES for part in name.split(".")):
-            latent += parameter.numel()
-    return total, latent
+    latent = sum(p.numel() for module in model.latent_modules() for p in module.parameters())
+    return sum(p.numel() for p in model.parameters()), latent

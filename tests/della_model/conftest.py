@@ -12,7 +12,7 @@ from transformers import GPT2Config
 # All but `config`: transformers makes a dataclass of it whose signature hides what it accepts.
 CHECKED = (
     "aggregate backbones estimators fusion gaussian head latents model objective outputs pooling "
-    "probe"
+    "probe routing"
 ).split()
 
 # Before the first import of the package, or its functions are already defined unchecked.
@@ -54,7 +54,7 @@ def randomize(model: Della, std: float = 0.3) -> Della:
     """Takes away the kind start: fusions at zero and heads at the prior would hide mistakes."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "fusion" in name or "chain" in name or "pooling" in name:
+            if any(part in name for part in ("fusion", "memory", "shift", "chain", "pooling")):
                 parameter.normal_(std=std)
     return model
 

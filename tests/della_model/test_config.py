@@ -40,6 +40,12 @@ def test_config_takes_its_backbone_as_a_dictionary(backbone_config):
         ({"latent_size": True}, "latent_size: expected a whole number"),
         ({"fusion_rank": 0}, "fusion_rank: expected a whole number ≥ 1, got 0"),
         ({"fusion": "lowrank"}, "got 'lowrank'. Did you mean 'low_rank'"),
+        ({"latents": "layerwsie"}, "latents: expected one of .*Did you mean 'layerwise'"),
+        ({"encoder": "own"}, "encoder: expected one of separate, shared, got 'own'"),
+        (
+            {"fusion": "add", "fusion_residual": False},
+            "only a product with the values can replace them",
+        ),
         ({"fusion_residual": "yes"}, "fusion_residual: expected true or false"),
         ({"pooling": "max"}, "pooling: expected one of attention, first_token, mean, got 'max'"),
         ({"latent_layers": [0, 3]}, r"0 ≤ first ≤ last ≤ 2.*got \[0, 3\]"),

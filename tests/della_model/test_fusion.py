@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from della_model import FUSIONS, LowRankTensorFusion
+from della_model.fusion import ProductFusion, Shift, ValueShift
 
 BATCH, TIME, VALUE, LATENT, RANK = 2, 5, 7, 3, 4
 
@@ -55,8 +56,48 @@ def test_low_rank_fusion_replacement_keeps_the_variance_of_values():
     assert 0.7 < fused.var() < 1.4
 
 
-def test_fusions_registry_builds_each_by_the_same_arguments():
-    for make in FUSIONS.values():
-        fusion = make(VALUE, LATENT, RANK, True)
-        fused = fusion(torch.randn(BATCH, TIME, VALUE), torch.randn(BATCH, LATENT))
-        assert fused.shape == (BATCH, TIME, VALUE)
+VALUE_FUSIONS = {name: entry.values for name, entry in FUSIONS.items() if entry.values is not None}
+
+
+@pytest.mark.parametrize("name", VALUE_FUSIONS)
+def test_value_fusion_residual_starts_as_the_identity_whatever_the_latent(name):
+    fusion = VALUE_FUSIONS[name](VALUE, LATENT, RANK, True)
+    v = torch.randn(BATCH, TIME, VALUE)
+    assert torch.equal(fusion(v, torch.randn(BATCH, LATENT)), v)
+
+
+def test_product_fusion_equals_the_papers_equation_with_ranks_summed_first():
+    """(Σ_r W_v^r v) ∘ (Σ_r W_z^r z), the ranks as the paper has them, each a share of the sum."""
+    fusion = ProductFusion(VALUE, LATENT, RANK, residual=False).double()
+    v = torch.randn(BATCH, TIME, VALUE, dtype=torch.float64)
+    z = torch.randn(BATCH, LATENT, dtype=torch.float64)
+
+    def ranks_of(whole):
+        parts = torch.randn(RANK - 1, *whole.shape, dtype=torch.float64)
+        return [*parts, whole - parts.sum(0)]
+
+    value_ranks = ranks_of(fusion.value_factor.weight)
+    latent_ranks = ranks_of(fusion.latent_factor.weight)
+    expected = sum(v @ w.T for w in value_ranks) * sum(z @ w.T for w in latent_ranks)[:, None]
+    torch.testing.assert_close(fusion(v, z), expected)
+    fusion.residual = True
+    torch.testing.assert_close(fusion(v, z), v + expected)
+
+
+def test_value_shift_adds_the_same_vector_everywhere_in_a_document():
+    fusion = ValueShift(VALUE, LATENT, RANK)
+    torch.nn.init.normal_(fusion.latent_to_value.weight)
+    v, z = torch.randn(BATCH, TIME, VALUE), torch.randn(BATCH, LATENT)
+    for b in range(BATCH):
+        expected = v[b] + fusion.latent_to_value.weight @ z[b]
+        torch.testing.assert_close(fusion(v, z)[b], expected)
+
+
+def test_shift_is_a_sum_over_layers():
+    shift = Shift(3, LATENT, VALUE)
+    torch.nn.init.normal_(shift.latents_to_hidden.weight)
+    states, latents = torch.randn(BATCH, TIME, VALUE), torch.randn(BATCH, 3, LATENT)
+    maps = shift.latents_to_hidden.weight.split(LATENT, dim=1)
+    for b in range(BATCH):
+        added = sum(w @ z for w, z in zip(maps, latents[b], strict=True))
+        torch.testing.assert_close(shift(states, latents)[b], states[b] + added)

@@ -1,37 +1,15 @@
-"""How a layer's latent enters the attention values of that layer."""
+"""The low-rank tensor product of attention values and a latent: DELLA's own fusion."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from della_model.fusion.base import ValueFusion
 from della_model.shapes import Float
 
 
-class Fusion(nn.Module):
-    """What every fusion offers; a name in `FUSIONS` makes it a choice of the configuration."""
-
-    def __init__(self, value_size: int, latent_size: int, rank: int, residual: bool) -> None:
-        super().__init__()
-        self.value_size = value_size
-        self.latent_size = latent_size
-        self.rank = rank
-        self.residual = residual
-
-    def reset_parameters(self) -> None:
-        """Draws the starting weights, by transformers' initialisers, which keep loaded ones."""
-        raise NotImplementedError
-
-    def forward(
-        self,
-        values: Float[Tensor, "batch time value"],
-        latent: Float[Tensor, "batch latent"],
-    ) -> Float[Tensor, "batch time value"]:
-        """The attention values of one layer under that layer's latent."""
-        raise NotImplementedError
-
-
-class LowRankTensorFusion(Fusion):
+class LowRankTensorFusion(ValueFusion):
     """ṽ = v + Σ_r (W_v^r [v; 1]) ∘ (W_z^r [z; 1]): the product first, then the sum over ranks.
 
     A tensor of order three over [v; 1] and [z; 1], of rank R (Liu et al. 2018, after which Hu et
@@ -72,6 +50,3 @@ class LowRankTensorFusion(Fusion):
         from_latent = self.latent_factor(latent).unflatten(-1, ranks).unsqueeze(1)  # [B, 1, R, d]
         fused = (from_values * from_latent).sum(dim=-2)
         return values + fused if self.residual else fused
-
-
-FUSIONS: dict[str, type[Fusion]] = {"low_rank": LowRankTensorFusion}

@@ -1,0 +1,138 @@
+"""Every way that latents can be and enter the decoder, through the same objective."""
+
+import copy
+
+import pytest
+import torch
+
+from della_model import FUSIONS, LATENTS, Della, DellaConfig, Objective
+
+GREEDY = {"max_new_tokens": 9, "do_sample": False}
+VARIANTS = [
+    *({"fusion": name} for name in FUSIONS),
+    {"latents": "single"},
+    {"fusion": "paper", "fusion_residual": False},
+    {"latents": "independent"},
+    {"latents": "none"},
+    {"encoder": "separate"},
+    {"latents": "single", "fusion": "embed+memory", "latent_layers": [0, 1]},
+]
+
+
+def name_of(options):
+    return "-".join(str(value) for value in options.values())
+
+
+every_variant = pytest.mark.parametrize("options", VARIANTS, ids=name_of)
+
+
+def noise_for(model, count):
+    return model.draw_noise(count, generator=torch.Generator().manual_seed(3)).to(model.dtype)
+
+
+@every_variant
+def test_variant_whole_loss_passes_gradcheck(
+    make_model, backbone_config, documents, pad_documents, options
+):
+    backbone = backbone_config(n_embd=6, n_layer=2, n_positions=13)
+    model = make_model(backbone, **{"latent_size": 2, "fusion_rank": 2, **options}).double()
+    objective = Objective(model, free_bits=0.05).eval()
+    batch = pad_documents(documents[:2])
+    noise, weight = noise_for(model, 2), torch.tensor([0.3, 0.7]).double()
+    names, values = zip(*objective.named_parameters(), strict=True)
+
+    def loss(*parameters):
+        replaced = dict(zip(names, parameters, strict=True))
+        arguments = (*batch, noise, weight, 0.5)
+        return torch.func.functional_call(objective, replaced, arguments, tie_weights=True)[0]
+
+    assert torch.autograd.gradcheck(loss, values, fast_mode=True)
+
+
+@every_variant
+def test_variant_all_parameters_learn(make_model, batch, options):
+    model = make_model(**options)
+    model.elbo_terms(*batch, noise_for(model, 5)).negative_elbo.sum().backward()
+    idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    if options.get("latent_layers") is None:
+        assert idle == []
+
+
+@every_variant
+def test_variant_cached_equals_uncached_equals_one_at_a_time(make_model, options):
+    model = make_model(**options)
+    latents = 2 * model.sample_prior(5)
+    for beams in (1, 3):
+        settings = {**GREEDY, "num_beams": beams}
+        cached = model.generate(latents=latents, use_cache=True, **settings)
+        assert torch.equal(cached, model.generate(latents=latents, use_cache=False, **settings))
+        for row in range(5):
+            alone = model.generate(latents=latents[row : row + 1], **settings)
+            assert torch.equal(cached[row, : alone.shape[1]], alone[0])
+
+
+@every_variant
+def test_variant_cached_logits_equal_uncached(make_model, batch, options):
+    model = make_model(**options)
+    latents, ids = model.sample_prior(5), batch.input_ids
+    whole = model(ids, latents=latents).logits
+    cache, pieces = None, []
+    for piece in ids.split([4, 1, 1, 5], dim=1):
+        output = model(piece, latents=latents, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+@every_variant
+def test_variant_padding_changes_nothing(make_model, documents, pad_documents, options):
+    model = make_model(**options).double()
+    noise = noise_for(model, 5)
+    right, left = (
+        model.elbo_terms(*pad_documents(documents, side, 17), noise) for side in ("right", "left")
+    )
+    torch.testing.assert_close(right.reconstruction_nll, left.reconstruction_nll)
+    torch.testing.assert_close(right.kl_per_layer, left.kl_per_layer)
+
+
+@every_variant
+def test_variant_saves_and_loads_equal(make_model, batch, tmp_path, options):
+    model = make_model(**options)
+    model.save_pretrained(tmp_path)
+    loaded = Della.from_pretrained(tmp_path).eval()
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    noise = noise_for(model, 5)
+    ours, theirs = model(*batch, noise=noise), loaded(*batch, noise=noise)
+    assert torch.equal(ours.logits, theirs.logits)
+    assert torch.equal(ours.kl_per_layer, theirs.kl_per_layer)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+@every_variant
+def test_variant_gradient_checkpointing_gives_the_same_gradients(make_model, batch, options):
+    model = make_model(**options).double().train()
+    noise = noise_for(model, 5)
+
+    def gradients():
+        model.zero_grad()
+        first = model.elbo_terms(*batch, noise).negative_elbo.sum()
+        second = model.elbo_terms(*batch, noise.flip(0)).negative_elbo.square().sum()
+        (first + second).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, plain[name], msg=name)
+
+
+@pytest.mark.parametrize("fusion", ["embed", "softmax", "add", "paper"])
+@pytest.mark.parametrize("latents", LATENTS)
+def test_variant_fresh_decoder_is_the_backbone(backbone_config, batch, fusion, latents):
+    config = DellaConfig(backbone=backbone_config(), fusion=fusion, latents=latents, latent_size=5)
+    model = Della(config).eval()
+    plain = copy.deepcopy(model.backbone)
+    expected = plain(**batch._asdict()).logits
+    ours = model(*batch, latents=3 * model.sample_prior(5)).logits
+    unpadded = batch.attention_mask.bool()
+    torch.testing.assert_close(ours[unpadded], expected[unpadded])
