@@ -40,7 +40,9 @@ from pipeline.specs import (
     TuneSpec,
 )
 from pipeline.specs.generate import GenerateSpec
+from pipeline.specs.render import RenderSpec
 from pipeline.storage import Location
+from pipeline.tuning.space import check_search
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 Config = dict[str, Any]
@@ -57,6 +59,7 @@ GROUPS: dict[str, type[Spec]] = {
     "evaluate": EvaluationSpec,
     "generate": GenerateSpec,
     "cluster": ClusterSpec,
+    "render": RenderSpec,
 }
 # Tables whose keys are the user's own, such as `search.space`: hydra would refuse new ones.
 OPEN_TABLES = tuple(
@@ -246,7 +249,10 @@ def build_spec(spec: type[SpecType], config: Config, where: str) -> SpecType:
     values = spec_values(config, spec)
     if spec is TuneSpec:
         values["trial"] = TrainSpec.build(spec_values(config, TrainSpec), where)
-    return spec.build(values, where)
+    built = spec.build(values, where)
+    if isinstance(built, TuneSpec):
+        check_search(built)
+    return built
 
 
 def ensure(

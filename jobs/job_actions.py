@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -12,9 +13,11 @@ from pipeline.chain import Chain, Outcome, Selection
 from pipeline.cluster import connected
 from pipeline.errors import UserError
 from pipeline.job_spec import JobSpec
+from pipeline.kuberay import manifest
 from pipeline.lease import holder_of, request_cancel
 from pipeline.room import whole_cluster
 from pipeline.runner import Planned
+from pipeline.specs.render import RenderSpec
 from pipeline.stage_log import read_log
 from pipeline.storage import Location
 
@@ -121,6 +124,12 @@ def cancel(job: JobSpec, storage: Location, selection: Selection) -> None:
             f"{', '.join(asked)} did not stop within {_CANCEL_S:.0f} s: expected an answer at its "
             "next heartbeat; its machine may be gone, then the next run takes over."
         )
+
+
+def render(job: JobSpec, storage: str, spec: RenderSpec, arguments: Sequence[str]) -> None:
+    """Print the job as a manifest for KubeRay; `arguments` are those of this command."""
+    kept = [a for a in arguments if not a.startswith(("action=", "render."))]
+    print(manifest(job.name, kept, storage, spec), end="", flush=True)
 
 
 ACTIONS = {"run": run, "plan": plan, "status": status, "logs": logs, "cancel": cancel}

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from jobs.entry import (
     CONF,
+    OPEN_TABLES,
     Config,
     build_spec,
     choices,
@@ -213,12 +214,7 @@ def _source(value: str) -> Source:
 def _overrides(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Write nested settings as hydra's overrides, `key.inner=value`."""
     for key, value in settings.items():
-        if isinstance(value, Mapping) and not _is_one_value(prefix + str(key)):
+        if isinstance(value, Mapping) and prefix + str(key) not in OPEN_TABLES:
             yield from _overrides(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}={override_value(value)}"
-
-
-def _is_one_value(key: str) -> bool:
-    """Whether a table is a value of its own: the keys of a search space are the train config's."""
-    return key == "search.space"

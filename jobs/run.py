@@ -17,25 +17,31 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from jobs.entry import Config, run_job  # noqa: E402
-from jobs.job_actions import ACTIONS  # noqa: E402
+from jobs.job_actions import ACTIONS, render  # noqa: E402
 from jobs.job_file import expand_arguments, file_of_arguments, job_from_config  # noqa: E402
 from pipeline.chain import Selection  # noqa: E402
 from pipeline.cluster import refuse_storage_that_vanishes  # noqa: E402
 from pipeline.errors import UserError, nearest  # noqa: E402
+from pipeline.specs.render import RenderSpec  # noqa: E402
 from pipeline.storage import Location  # noqa: E402
 
 
 def main(config: Config) -> None:
     """Build the job spec and do what `action` says."""
-    action = config["action"]
-    if action not in ACTIONS:
+    action, actions = config["action"], [*ACTIONS, "render"]
+    if action not in actions:
         raise UserError(
-            f"action={action} is not one of {', '.join(ACTIONS)}{nearest(str(action), ACTIONS)}."
+            f"action={action} is not one of {', '.join(actions)}{nearest(str(action), actions)}."
         )
-    storage = Location.parse(config["storage"])
-    refuse_storage_that_vanishes(storage)
     selection = Selection(config["from"], config["only"], config["force"])
     job = job_from_config(config, file_of_arguments(sys.argv[1:]))
+    if action == "render":
+        selection.chosen(job)
+        spec = RenderSpec.build(config["render"], "render")
+        render(job, config["storage"], spec, sys.argv[1:])
+        return
+    storage = Location.parse(config["storage"])
+    refuse_storage_that_vanishes(storage)
     ACTIONS[action](job, storage, selection)
 
 

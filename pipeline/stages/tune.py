@@ -1,51 +1,56 @@
-"""The tune stage: Ray Tune over real training runs.
-
-Each trial is a function trainable that builds a `TorchTrainer` and waits for it, so a trial may
-have many workers and GPUs while its driver takes a fraction of a CPU (Ray's "Tune over Train").
-"""
+"""The tune stage: Ray Tune over real training runs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
 from typing import Any
 
 import yaml
 from rich.console import Console
 
 from pipeline.cluster import connected, num_gpus, require_cpus, require_shared_storage
-from pipeline.errors import UserError, user_error_within
+from pipeline.errors import UserError
 from pipeline.progress import Progress
 from pipeline.specs import TrainSpec, TuneSpec
 from pipeline.stages import train as train_stage
 from pipeline.storage import Location
-from pipeline.tuning.results import print_trials, trial_row
-from pipeline.tuning.space import check_space, tune_domains, with_settings
+from pipeline.training.export import copy_weights
+from pipeline.tuning.page import search_page
+from pipeline.tuning.results import TrialResult, as_json, judged, print_trials, trial_result
+from pipeline.tuning.space import check_search, tune_domains
+from pipeline.tuning.trial import spec_needs_evaluation, trainable
 
-_DRIVER_CPUS = 0.1
+DRIVER_CPUS = 0.1
+BEST, TRIALS, PAGE = "best.yaml", "trials.json", "report.html"
 
 
 def run_tune(spec: TuneSpec, inputs: dict[str, Location], output: Location) -> dict[str, Any]:
-    """Search, and leave the best trial's settings in `best.yaml`.
+    """Search; leave the best trial's settings and weights, all trials, and a page.
 
-    A search that was killed goes on: finished trials are kept, the others run on.
+    Writes `best.yaml` (which a training takes as `from_trial`), `weights/best`, `trials.json`,
+    `front/<trial>.yaml` for each trial that no other beats when there are several goals, and
+    `report.html`. A search that was killed goes on: finished trials are kept, running ones resume
+    from their checkpoints. A trial that fails is recorded with its reason.
 
     Returns:
-        The best trial's settings and figures, and how many trials ended in which way.
+        The best trial's settings and values, how many trials ended in which way, and the steps
+        that were made and that stopping saved.
 
     Raises:
-        UserError: if a key of the space is unknown or a bound is refused by the train spec, if the
-            cluster has no room for one trial, or if no trial reported the metric.
+        UserError: if the search cannot be as it is asked for (see `check_search`), if the cluster
+            has no room for one trial, or if no trial reached a value.
     """
-    check_space(spec)
+    check_search(spec)
     with connected(spec.cluster):
         require_shared_storage(output)
         workers = spec.trial.train.num_workers
         require_cpus(workers, spec.trial.train.cpus_per_worker, 1, "train.num_workers")
         train_stage.check_inputs(spec.trial, inputs["dataset"])
-        concurrent = spec.max_concurrent or room_for_trials(spec.trial)
+        concurrent = min(spec.max_concurrent or room_for_trials(spec.trial), spec.num_trials)
         results = _search(spec, inputs["dataset"], output, concurrent)
-    return _conclude(spec, results, output)
+    trials = judged([trial_result(r, spec, output) for r in results], spec.search.goals)
+    return _conclude(spec, trials, output)
 
 
 def room_for_trials(trial: TrainSpec) -> int:
@@ -53,38 +58,11 @@ def room_for_trials(trial: TrainSpec) -> int:
     import ray
 
     total = float(ray.cluster_resources().get("CPU", 0))
-    each = trial.train.num_workers * trial.train.cpus_per_worker + _DRIVER_CPUS
+    each = trial.train.num_workers * trial.train.cpus_per_worker + DRIVER_CPUS
     by_cpu = math.floor(total / each)
     if trial.train.use_gpu is False or num_gpus() == 0:
         return max(by_cpu, 1)
     return max(min(by_cpu, num_gpus() // trial.train.num_workers), 1)
-
-
-def _trainable(spec: TuneSpec, dataset: Location, output: Location) -> Callable[..., None]:
-    """The function that Ray Tune calls in an actor of its own for each trial."""
-
-    def trial(settings: dict[str, Any]) -> None:
-        from ray import tune
-        from ray.tune.integration.ray_train import TuneReportCallback
-
-        trial_id = tune.get_context().get_trial_id()
-        train_spec = with_settings(spec.trial, settings)
-        trainer = train_stage.build_trainer(
-            train_spec,
-            dataset,
-            output / "trials" / trial_id,
-            mailbox=None,
-            callbacks=[TuneReportCallback()],
-        )
-        try:
-            trainer.fit()
-        except Exception as error:
-            reason = user_error_within(error)
-            if reason is not None:
-                raise reason from None
-            raise
-
-    return trial
 
 
 def _search(spec: TuneSpec, dataset: Location, output: Location, concurrent: int) -> Any:
@@ -92,7 +70,12 @@ def _search(spec: TuneSpec, dataset: Location, output: Location, concurrent: int
 
     from pipeline.tuning.progress import SearchProgress
 
-    trainable = tune.with_resources(_trainable(spec, dataset, output), {"CPU": _DRIVER_CPUS})
+    # Interrupted, we leave at once: Tune's own handler would return as if the search were over.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    if spec_needs_evaluation(spec):  # its figures come with a trial's last report alone
+        os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    # A driver waits for its workers: it takes no GPU.
+    trial = tune.with_resources(trainable(spec, dataset, output), {"CPU": DRIVER_CPUS})
     folder = output / "search"
     console = Console()
     console.print(
@@ -104,59 +87,80 @@ def _search(spec: TuneSpec, dataset: Location, output: Location, concurrent: int
         if tune.Tuner.can_restore(folder.path, storage_filesystem=folder.filesystem):
             tuner = tune.Tuner.restore(
                 folder.path,
-                trainable=trainable,
+                trainable=trial,
                 resume_unfinished=True,
-                restart_errored=True,
                 storage_filesystem=folder.filesystem,
             )
         else:
-            tuner = _new_tuner(spec, trainable, output, concurrent)
+            tuner = _new_tuner(spec, trial, output, concurrent)
         return tuner.fit()
 
 
-def _new_tuner(spec: TuneSpec, trainable: Any, output: Location, concurrent: int) -> Any:
+def _new_tuner(spec: TuneSpec, trial: Any, output: Location, concurrent: int) -> Any:
     from ray import tune
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-    from ray.tune.search import BasicVariantGenerator
-    from ray.tune.search.optuna import OptunaSearch
 
+    from pipeline.tuning.budget import Budget
     from pipeline.tuning.progress import SearchProgress
 
     search = spec.search
-    space = tune_domains(search.space)
-    if search.sampler == "optuna":
-        sampler = OptunaSearch(metric=search.metric, mode=search.mode, seed=search.seed)
-    else:
-        sampler = BasicVariantGenerator(random_state=search.seed)
-    if search.scheduler == "asha":
-        scheduler = ASHAScheduler(
-            time_attr="training_iteration",
-            metric=search.metric,
-            mode=search.mode,
-            # One more than there are: a trial that reaches its end is left to end by itself.
-            max_t=num_evaluations(spec.trial) + 1,
-            grace_period=min(search.grace_evaluations, num_evaluations(spec.trial)),
-            reduction_factor=search.reduction_factor,
-        )
-    else:
-        scheduler = FIFOScheduler()
+    grid = search.sampler == "grid"
     return tune.Tuner(
-        trainable,
-        param_space=space,
+        trial,
+        param_space=tune_domains(search.space, grid),
         tune_config=tune.TuneConfig(
-            num_samples=spec.num_trials,
-            search_alg=sampler,
-            scheduler=scheduler,
+            num_samples=1 if grid else spec.num_trials,
+            search_alg=_sampler(spec),
+            scheduler=_scheduler(spec),
             max_concurrent_trials=concurrent,
         ),
         run_config=tune.RunConfig(
             name="search",
             storage_path=output.path,
             storage_filesystem=output.filesystem,
-            callbacks=[SearchProgress()],
+            callbacks=[SearchProgress(search.metric)],
+            stop=Budget(output, spec.max_total_steps, spec.max_time_s),
             verbose=0,
         ),
     )
+
+
+def _sampler(spec: TuneSpec) -> Any:
+    from ray.tune.search import BasicVariantGenerator
+    from ray.tune.search.optuna import OptunaSearch
+
+    search = spec.search
+    if search.sampler != "optuna":
+        return BasicVariantGenerator(random_state=search.seed)
+    if search.goals == {search.metric: search.mode}:
+        return OptunaSearch(metric=search.metric, mode=search.mode, seed=search.seed)
+    # A list, even of one: only then a goal may come with the last report alone.
+    goals = search.goals
+    return OptunaSearch(metric=list(goals), mode=list(goals.values()), seed=search.seed)
+
+
+def _scheduler(spec: TuneSpec) -> Any:
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
+
+    search, evaluations = spec.search, num_evaluations(spec.trial)
+    if search.scheduler == "asha":
+        return ASHAScheduler(
+            time_attr="training_iteration",
+            metric=search.metric,
+            mode=search.mode,
+            # More than there are: a trial that reaches its end is left to end by itself.
+            max_t=evaluations + 2,
+            grace_period=min(search.grace_evaluations, evaluations),
+            reduction_factor=search.reduction_factor,
+        )
+    if search.scheduler == "median":
+        return MedianStoppingRule(
+            time_attr="training_iteration",
+            metric=search.metric,
+            mode=search.mode,
+            grace_period=search.grace_evaluations,
+            min_samples_required=search.median_trials,
+        )
+    return FIFOScheduler()
 
 
 def num_evaluations(trial: TrainSpec) -> int:
@@ -166,32 +170,48 @@ def num_evaluations(trial: TrainSpec) -> int:
     return max(math.ceil(trial.train.max_steps / trial.train.eval_every), 1)
 
 
-def _conclude(spec: TuneSpec, results: Any, output: Location) -> dict[str, Any]:
-    """Show all trials, and write the best one's settings."""
-    metric, sign = spec.search.metric, 1 if spec.search.mode == "min" else -1
-    trials = sorted(
-        (trial_row(result, metric) for result in results),
-        key=lambda row: (row["value"] is None, sign * (row["value"] or 0.0)),
-    )
+def _conclude(spec: TuneSpec, trials: list[TrialResult], output: Location) -> dict[str, Any]:
+    """Show all trials, and write what is kept of them."""
     print_trials(spec, trials)
-    best = trials[0] if trials else None
-    if best is None or best["value"] is None:
-        reasons = {row["error"] for row in trials if row["error"]}
+    goals = ", ".join(spec.search.goals)
+    best = trials[0] if trials and trials[0].is_comparable() else None
+    (output / TRIALS).write_json(as_json(trials))
+    if best is None:
+        reasons = sorted({trial.error for trial in trials if trial.error})
         raise UserError(
-            f"no trial reported '{metric}', so there is no best one: "
-            + (f"the trials failed with: {'; '.join(sorted(reasons))}." if reasons else "")
+            f"no trial reached a value of {goals}, so there is no best one"
+            + (f": the trials failed with: {'; '.join(reasons)}" if reasons else "")
+            + "; change the search, or run this one anew with force=."
         )
-    settings = dict(best["settings"])
-    header = f"# The best of {len(trials)} trials: {metric} = {best['value']:.6g}\n"
-    text = header + yaml.safe_dump(settings, sort_keys=True)
-    (output / "best.yaml").write_bytes(text.encode())
-    (output / "trials.json").write_json(trials)
-    Console().print(f"best settings: {output / 'best.yaml'}", soft_wrap=True, highlight=False)
+    (output / BEST).write_bytes(_settings_file(best, len(trials)).encode())
+    if len(spec.search.goals) > 1:
+        for trial in (each for each in trials if each.on_front):
+            text = _settings_file(trial, len(trials)).encode()
+            (output / "front" / f"{trial.trial}.yaml").write_bytes(text)
+    copy_weights(output / "trials" / best.trial / "weights" / "best", output / "weights" / "best")
+    (output / PAGE).write_bytes(search_page(spec, trials).encode())
+    for name in (BEST, PAGE):
+        Console().print(f"{name}: {output / name}", soft_wrap=True, highlight=False)
+    steps = sum(trial.step for trial in trials)
+    most = max(trial.step for trial in trials)
     return {
-        "best_value": best["value"],
-        "best_trial": best["trial"],
-        "best_settings": settings,
-        "metric": metric,
+        "best_value": next(iter(best.values.values())),
+        "best_trial": best.trial,
+        "best_values": best.values,
+        "best_settings": best.settings,
+        "metric": next(iter(spec.search.goals)),
         "num_trials": len(trials),
-        "num_failed": sum(row["error"] is not None for row in trials),
+        "num_stopped": sum(trial.state == "stopped" for trial in trials),
+        "num_failed": sum(trial.state == "failed" for trial in trials),
+        "front": [trial.trial for trial in trials if trial.on_front],
+        "trial_steps": steps,
+        # Of those that all trials would have made; one that failed would have made none.
+        "trial_steps_saved": most * sum(trial.state != "failed" for trial in trials)
+        - sum(trial.step for trial in trials if trial.state != "failed"),
     }
+
+
+def _settings_file(trial: TrialResult, count: int) -> str:
+    values = ", ".join(f"{goal} = {value:.6g}" for goal, value in trial.values.items())
+    header = f"# Trial {trial.trial} of {count}: {values}\n"
+    return header + yaml.safe_dump(dict(trial.settings), sort_keys=True)

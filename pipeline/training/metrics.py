@@ -12,6 +12,8 @@ from pipeline.storage import Location
 FILE_NAME = "metrics.jsonl"
 SUMMARY = "summary.json"  # what a finished run has to tell
 TENSORBOARD = "tensorboard"
+# Of a validation's row, what is reported to Ray as `valid_<key>`.
+VALID_KEYS = ("negative_elbo", "reconstruction_nll", "kl", "loss", "ppl_token")
 _NOT_CURVES = ("kind", "step", "epoch", "kl_per_layer")
 
 

@@ -27,7 +27,7 @@ from pipeline.training.engine import grad_norm, set_learning_rate
 from pipeline.training.export import copy_weights, export_weights
 from pipeline.training.loader import StepBatch, TrainLoader
 from pipeline.training.meter import Meter, perplexity
-from pipeline.training.metrics import SUMMARY, MetricsLog
+from pipeline.training.metrics import SUMMARY, VALID_KEYS, MetricsLog
 from pipeline.training.setup import Run, start_run
 
 _PROGRESS_EVERY_S = 0.5
@@ -302,12 +302,9 @@ def count_nodes() -> int:
     return len(set(nodes))
 
 
-_VALID_KEYS = ("negative_elbo", "reconstruction_nll", "kl", "loss", "ppl_token")
-
-
 def _reported(row: dict[str, Any], valid: dict[str, Any] | None) -> dict[str, Any]:
     """Ray's metrics are flat: the train row, and the validation's figures as `valid_*`."""
     metrics = {key: value for key, value in row.items() if isinstance(value, int | float)}
     if valid is not None:
-        metrics |= {f"valid_{key}": valid[key] for key in _VALID_KEYS}
+        metrics |= {f"valid_{key}": valid[key] for key in VALID_KEYS}
     return metrics

@@ -18,29 +18,32 @@ class SearchProgress(Callback):
 
     shown: ClassVar[Progress | None] = None
 
-    def __init__(self) -> None:
+    def __init__(self, metric: str) -> None:
+        self._metric = metric
         self._ended: set[str] = set()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
     ) -> None:
         """A validation of a trial."""
-        del iteration, trials
-        figure = result.get("valid_negative_elbo")
-        self._show(trial=trial.trial_id, step=result.get("step"), negative_elbo=figure)
+        del iteration
+        name = self._metric.removeprefix("valid_")
+        figure = result.get(self._metric)
+        self._show(trials, trial=trial.trial_id, step=result.get("step"), **{name: figure})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial that ended, or was stopped early."""
-        del iteration, trials
+        del iteration
         self._ended.add(trial.trial_id)
-        self._show()
+        self._show(trials)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial that failed."""
-        del iteration, trials
+        del iteration
         self._ended.add(trial.trial_id)
-        self._show(failed=trial.trial_id)
+        self._show(trials, failed=trial.trial_id)
 
-    def _show(self, **notes: Any) -> None:
+    def _show(self, trials: list[Any], **notes: Any) -> None:
         if self.shown is not None:
-            self.shown.update(len(self._ended), **notes)
+            ended = self._ended | {t.trial_id for t in trials if t.is_finished()}
+            self.shown.update(len(ended), **notes)
