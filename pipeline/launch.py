@@ -98,6 +98,7 @@ class StageProcess:
         code = self._process.poll()
         if code is not None:
             self._reader.join(timeout=2.0)  # what it printed last
+            self._close()
         return code
 
     def stop(self) -> None:
@@ -108,6 +109,13 @@ class StageProcess:
         except subprocess.TimeoutExpired:
             self._signal(signal.SIGKILL)
             self._process.wait()
+        self._reader.join(timeout=2.0)
+        self._close()
+
+    def _close(self) -> None:
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
 
     def _signal(self, number: int) -> None:
         try:

@@ -109,7 +109,7 @@ def _new_tuner(spec: TuneSpec, trial: Any, output: Location, concurrent: int) ->
         param_space=tune_domains(search.space, grid),
         tune_config=tune.TuneConfig(
             num_samples=1 if grid else spec.num_trials,
-            search_alg=_sampler(spec),
+            search_alg=_sampler(spec, concurrent),
             scheduler=_scheduler(spec),
             max_concurrent_trials=concurrent,
         ),
@@ -124,13 +124,14 @@ def _new_tuner(spec: TuneSpec, trial: Any, output: Location, concurrent: int) ->
     )
 
 
-def _sampler(spec: TuneSpec) -> Any:
+def _sampler(spec: TuneSpec, concurrent: int) -> Any:
     from ray.tune.search import BasicVariantGenerator
     from ray.tune.search.optuna import OptunaSearch
 
     search = spec.search
     if search.sampler != "optuna":
-        return BasicVariantGenerator(random_state=search.seed)
+        # It keeps to a number of its own; that of TuneConfig does not reach it (Ray 2.60).
+        return BasicVariantGenerator(random_state=search.seed, max_concurrent=concurrent)
     if search.goals == {search.metric: search.mode}:
         return OptunaSearch(metric=search.metric, mode=search.mode, seed=search.seed)
     # A list, even of one: only then a goal may come with the last report alone.
