@@ -6,6 +6,7 @@ equations to the functions here.
 """
 
 from della_model.aggregate import log_aggregate_posterior
+from della_model.condition import Condition, Reading
 from della_model.config import LATENTS, DellaConfig
 from della_model.errors import ConfigError, InputError
 from della_model.estimators import (
@@ -23,13 +24,14 @@ from della_model.objective import Objective
 from della_model.outputs import DellaOutput, ElboTerms
 from della_model.probe import SwapEffect, swap_effect
 from della_model.schedules import BetaSchedule, LearningRateSchedule
-from della_model.sizes import SIZES, gpt2_config
+from della_model.sizes import SIZES, backbone_config, gpt2_config
 
 __all__ = [
     "FUSIONS",
     "LATENTS",
     "SIZES",
     "BetaSchedule",
+    "Condition",
     "ConfigError",
     "Della",
     "DellaConfig",
@@ -44,7 +46,9 @@ __all__ = [
     "LearningRateSchedule",
     "LowRankTensorFusion",
     "Objective",
+    "Reading",
     "SwapEffect",
+    "backbone_config",
     "gpt2_config",
     "importance_samples",
     "iw_log_weights",

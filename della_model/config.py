@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, GPT2Config, PreTrainedConfig
 
-from della_model.backbones import BACKBONES
+from della_model.backbones import BACKBONES, BackboneAdapter
 from della_model.errors import ConfigError, unknown_name
 from della_model.fusion import FUSIONS, REPLACING_FUSIONS
 from della_model.pooling import POOLINGS
@@ -35,6 +35,9 @@ class DellaConfig(PreTrainedConfig):
         fusion_rank: R of the low-rank fusion.
         fusion_residual: True adds a product to the values, starting as the identity; False
             replaces them, as in the paper.
+        conditional: whether every document is generated from a source: latents then depend on it,
+            a decoder-only backbone has it before the document, and an encoder–decoder one looks at
+            it through its cross-attention.
         pooling: how an encoder layer's hidden states become one vector, a name in
             `pooling.POOLINGS`.
 
@@ -53,6 +56,7 @@ class DellaConfig(PreTrainedConfig):
     fusion: Any = "low_rank"
     fusion_rank: Any = 4
     fusion_residual: Any = True
+    conditional: Any = False
     pooling: Any = "attention"
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -77,6 +81,21 @@ class DellaConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     @property
+    def adapter(self) -> BackboneAdapter:
+        """What is particular to the backbone's family."""
+        return BACKBONES[self.backbone.model_type]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the decoder."""
+        return self.adapter.num_layers(self.backbone)
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that the backbone takes, in tokens."""
+        return self.adapter.context(self.backbone)
+
+    @property
     def num_latent_layers(self) -> int:
         """L, the number of latents of a document."""
         return len(self.feature_layers)
@@ -86,7 +105,7 @@ class DellaConfig(PreTrainedConfig):
         """The decoder layers that a latent enters, counted from 0."""
         if self.latents == "none":
             return range(0)
-        first, last = self.latent_layers or (0, self.backbone.num_hidden_layers - 1)
+        first, last = self.latent_layers or (0, self.num_layers - 1)
         return range(first, last + 1)
 
     @property
@@ -113,6 +132,7 @@ class DellaConfig(PreTrainedConfig):
             if getattr(self, name) not in known:
                 raise ConfigError(unknown_name(name, getattr(self, name), known))
         self._check_fusion_residual()
+        self._check_conditional()
         self._check_latent_layers()
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             self._check_token(name, getattr(self.backbone, name, None))
@@ -129,8 +149,17 @@ class DellaConfig(PreTrainedConfig):
                 f"{' or '.join(REPLACING_FUSIONS)}, or leave fusion_residual out."
             )
 
+    def _check_conditional(self) -> None:
+        if not isinstance(self.conditional, bool):
+            raise ConfigError(f"conditional: expected true or false, got {self.conditional!r}.")
+        if self.encoder == "separate" and self.adapter.is_encoder_decoder:
+            raise ConfigError(
+                f"encoder: expected shared for a backbone of type {self.backbone.model_type!r}, "
+                "got separate: it has an encoder of its own already; leave encoder out."
+            )
+
     def _check_latent_layers(self) -> None:
-        layers, count = self.latent_layers, self.backbone.num_hidden_layers
+        layers, count = self.latent_layers, self.num_layers
         if layers is None:
             return
         expected = (

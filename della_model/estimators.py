@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from della_model.condition import Condition, Reading
 from della_model.latents import LatentSample
 from della_model.model import Della
 from della_model.shapes import Bool, Float, Int
@@ -38,17 +39,22 @@ def importance_samples(
     attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"],
     features: Float[Tensor, "batch layers hidden"],
     noise: Float[Tensor, "draws batch layers latent"],
+    condition: Condition | Reading | None = None,
 ) -> ImportanceSamples:
     """All draws of `noise` at once, in one pass of the decoder.
 
     `features` are the batch's, from `model.features`: they are the same for every draw, so a
-    caller that makes its draws chunk by chunk runs the encoder once. The caller puts the model in
-    evaluation mode.
+    caller that makes its draws chunk by chunk runs the encoder once; so is what `model.read` gives
+    of a `condition`. The caller puts the model in evaluation mode.
     """
     sample = model.chain.infer(features, noise)
+    reading = None if condition is None else model.read(condition)
     draws, batch = noise.shape[:2]
     nll = model.reconstruction_nll(
-        input_ids.repeat(draws, 1), attention_mask.repeat(draws, 1), sample.latents.flatten(0, 1)
+        input_ids.repeat(draws, 1),
+        attention_mask.repeat(draws, 1),
+        sample.latents.flatten(0, 1),
+        None if reading is None else reading.repeat(draws),
     )
     return ImportanceSamples(nll.double().view(draws, batch), sample)
 
@@ -60,16 +66,20 @@ def iw_log_weights(
     attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"],
     noise: Float[Tensor, "draws batch layers latent"],
     chunk_size: int = 8,
+    condition: Condition | None = None,
 ) -> Float[Tensor, "draws batch"]:
     """log w_k = log p(x | z^k) + Σ_l log p(z_l^k | ·) − Σ_l log q(z_l^k | ·) in nats, float64.
 
     The encoder runs once a document; the decoder once a draw, `chunk_size` draws at a time.
     """
-    features = model.features(input_ids, attention_mask)
+    reading = None if condition is None else model.read(condition)
+    features = model.features(input_ids, attention_mask, reading)
     chunks = noise.split(max(1, chunk_size))
     return torch.cat(
         [
-            importance_samples(model, input_ids, attention_mask, features, chunk).log_weights
+            importance_samples(
+                model, input_ids, attention_mask, features, chunk, reading
+            ).log_weights
             for chunk in chunks
         ]
     )
@@ -81,13 +91,14 @@ def iw_nll(
     attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"],
     noise: Float[Tensor, "draws batch layers latent"],
     chunk_size: int = 8,
+    condition: Condition | None = None,
 ) -> Float[Tensor, " batch"]:
     """−log 1/K Σ_k w_k in nats (Burda et al. 2016), float64.
 
     In expectation an upper bound of −log p(x) that falls with K; for K = 1 a one-draw estimate of
     the negative ELBO.
     """
-    log_weights = iw_log_weights(model, input_ids, attention_mask, noise, chunk_size)
+    log_weights = iw_log_weights(model, input_ids, attention_mask, noise, chunk_size, condition)
     return iw_nll_of_weights(log_weights, len(log_weights))
 
 

@@ -24,41 +24,55 @@ class _TokenNll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, compute_dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        compute_dtype: torch.dtype,
     ) -> Tensor:
         rows = max(1, _MAX_LOGITS // weight.shape[0])
         matrix = weight.to(compute_dtype)
+        offset = None if bias is None else bias.to(compute_dtype)
         nll, log_norm = [], []
         for chunk, chunk_targets in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = at_least_float32(F.linear(chunk.to(compute_dtype), matrix))
+            logits = at_least_float32(F.linear(chunk.to(compute_dtype), matrix, offset))
             log_norm.append(logits.logsumexp(-1))
             nll.append(log_norm[-1] - logits.gather(-1, chunk_targets[:, None]).squeeze(-1))
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(log_norm))
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(log_norm))
         ctx.rows, ctx.compute_dtype = rows, compute_dtype
         return torch.cat(nll)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, weight, targets, log_norm = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, log_norm = ctx.saved_tensors
         matrix = weight.to(ctx.compute_dtype)
+        offset = None if bias is None else bias.to(ctx.compute_dtype)
         # The sum over chunks is kept in float32 or more: bfloat16 would lose late, small chunks.
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight, dtype=at_least_float32(weight[:0]).dtype)
         grad_hidden = []
+        grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_bias = torch.zeros_like(weight[:, 0], dtype=at_least_float32(weight[:0]).dtype)
         pieces = (hidden, targets, log_norm, grads[0])
         for chunk, target, norm, grad in zip(*(p.split(ctx.rows) for p in pieces), strict=True):
             chunk = chunk.to(ctx.compute_dtype)
             # d nll / d logits = softmax − one-hot
-            residual = at_least_float32(F.linear(chunk, matrix)).sub_(norm[:, None]).exp_()
+            residual = at_least_float32(F.linear(chunk, matrix, offset))
+            residual = residual.sub_(norm[:, None]).exp_()
             residual.scatter_add_(-1, target[:, None], residual.new_full((len(chunk), 1), -1.0))
             residual = residual.mul_(grad[:, None]).to(ctx.compute_dtype)
             grad_hidden.append((residual @ matrix).to(hidden.dtype))
             if grad_weight is not None:
                 grad_weight += residual.T @ chunk
+            if grad_bias is not None:
+                grad_bias += residual.sum(0)
         return (
             torch.cat(grad_hidden) if ctx.needs_input_grad[0] else None,
             None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
             None,
         )
@@ -76,8 +90,6 @@ class VocabularyHead(nn.Linear):
         """Turns a backbone's head into one of these, keeping its parameters, ties and hooks."""
         if isinstance(linear, cls):
             return linear
-        if linear.bias is not None:
-            raise NotImplementedError("VocabularyHead: expected an lm_head without a bias.")
         linear.__class__ = cls
         return cast(VocabularyHead, linear)
 
@@ -85,13 +97,20 @@ class VocabularyHead(nn.Linear):
         self,
         input: Float[Tensor, "*rows hidden"],
         targets: Int[Tensor, "*rows"] | None = None,
+        constant: Float[Tensor, " vocabulary"] | None = None,
     ) -> Float[Tensor, "*out"]:
-        """Logits [..., vocabulary]; with `targets`, −log p(target) in nats [...], float32."""
+        """Logits [..., vocabulary]; with `targets`, −log p(target) in nats [...], float32.
+
+        `constant` is added to the logits, beside the head's own bias.
+        """
+        bias = self.bias if constant is None else constant
+        if self.bias is not None and constant is not None:
+            bias = self.bias + constant
         if targets is None:
-            return super().forward(input)
+            return F.linear(input, self.weight, bias)
         device = input.device.type
         autocast = torch.is_autocast_enabled(device)
         compute_dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
         rows = input.reshape(-1, self.in_features)
-        nll = _TokenNll.apply(rows, self.weight, targets.reshape(-1), compute_dtype)
+        nll = _TokenNll.apply(rows, self.weight, bias, targets.reshape(-1), compute_dtype)
         return nll.view(targets.shape)

@@ -74,18 +74,30 @@ class LatentChain(nn.Module):
     from x_l alone. With one layer that is the usual variational autoencoder; with none there are no
     latents, and every sum over them is 0.
 
+    `conditional`, features are [x_l; c_l], of the document and of its condition. Then every prior
+    depends on the condition too: p from [h_l; c_l], the first from c_1 alone, and q from
+    [h_l; x_l; c_l]. What c_l is mapped by starts at zero: at the start the condition says nothing
+    of the latents.
+
     Layers count from 0 in code. All leading dimensions broadcast: features [B, L, H] with noise
-    [K, B, L, p] give K draws a document.
+    [K, B, L, p] give K draws a document. Where `condition` is asked for, it is c_l [B, L, H] of a
+    conditional chain, else None.
     """
 
     def __init__(
-        self, num_layers: int, latent_size: int, feature_size: int, linked: bool = True
+        self,
+        num_layers: int,
+        latent_size: int,
+        feature_size: int,
+        linked: bool = True,
+        conditional: bool = False,
     ) -> None:
         super().__init__()
         self.num_layers = num_layers
         self.latent_size = latent_size
         self.feature_size = feature_size
         self.linked = linked
+        self.conditional = conditional
         later = range(1, num_layers) if linked else range(0)
 
         def linears(layers: range, inputs: int, outputs: int, bias: bool) -> nn.ModuleList:
@@ -97,7 +109,12 @@ class LatentChain(nn.Module):
         self.prior_heads = linears(later, latent_size, 2 * latent_size, bias=True)
         self.posterior_from_summary = linears(later, latent_size, 2 * latent_size, bias=False)
         self.posterior_from_features = linears(
-            range(num_layers), feature_size, 2 * latent_size, bias=True
+            range(num_layers), (1 + conditional) * feature_size, 2 * latent_size, bias=True
+        )
+        every = range(num_layers if conditional else 0)
+        # A bias where there is no prior head, which has one.
+        self.prior_from_condition = nn.ModuleList(
+            nn.Linear(feature_size, 2 * latent_size, bias=layer not in later) for layer in every
         )
         self.reset_parameters()
 
@@ -106,13 +123,16 @@ class LatentChain(nn.Module):
         for parameter in (
             *self.prior_heads.parameters(),
             *self.posterior_from_summary.parameters(),
+            *self.prior_from_condition.parameters(),
         ):
             init.zeros_(parameter)
         for head in self.posterior_from_features:
             # Rows of μ, then rows of log σ, which start at zero. One copy of the whole matrix,
             # because the initialisers leave loaded parameters alone and know them only as a whole.
-            weight = torch.zeros(2 * self.latent_size, self.feature_size)
-            weight[: self.latent_size].normal_(std=_INITIAL_LOC_STD * self.feature_size**-0.5)
+            width = (1 + self.conditional) * self.feature_size
+            weight = torch.zeros(2 * self.latent_size, width)
+            of_document = weight[: self.latent_size, : self.feature_size]
+            of_document.normal_(std=_INITIAL_LOC_STD * self.feature_size**-0.5)
             init.copy_(head.weight, weight)
             init.zeros_(head.bias)
         for transition in (*self.latent_to_summary, *self.summary_to_summary):
@@ -131,24 +151,30 @@ class LatentChain(nn.Module):
             posteriors.append(posterior)
             return posterior.rsample(noise[..., layer, :])
 
-        latents, priors = self._run(draw, noise)
+        condition = features[..., self.feature_size :] if self.conditional else None
+        latents, priors = self._run(draw, noise, condition)
         return LatentSample(latents, posteriors, priors)
 
     def sample_prior(
-        self, noise: Float[Tensor, "*batch layers latent"]
+        self,
+        noise: Float[Tensor, "*batch layers latent"],
+        condition: Float[Tensor, "*documents layers hidden"] | None = None,
     ) -> Float[Tensor, "*batch layers latent"]:
         """z_l ~ p(z_l | z_<l), layer after layer."""
 
         def draw(layer: int, summary: Tensor | None) -> Tensor:
-            return self._prior(layer, summary, noise).rsample(noise[..., layer, :])
+            prior = self._prior(layer, summary, noise, condition)
+            return prior.rsample(noise[..., layer, :])
 
-        return self._run(draw, noise)[0]
+        return self._run(draw, noise, condition)[0]
 
     def log_prior(
-        self, latents: Float[Tensor, "*batch layers latent"]
+        self,
+        latents: Float[Tensor, "*batch layers latent"],
+        condition: Float[Tensor, "*documents layers hidden"] | None = None,
     ) -> Float[Tensor, "*batch layers"]:
         """log p(z_l | z_<l) in nats, for any latents."""
-        priors = self._run(lambda layer, _: latents[..., layer, :], latents)[1]
+        priors = self._run(lambda layer, _: latents[..., layer, :], latents, condition)[1]
         return _log_prob_per_layer(priors, latents)
 
     def log_posterior(
@@ -198,7 +224,10 @@ class LatentChain(nn.Module):
         return torch.stack([at_least_float32(term) for term in terms], dim=-2)
 
     def _run(
-        self, next_latent: Callable[[int, Tensor | None], Tensor], like: Tensor
+        self,
+        next_latent: Callable[[int, Tensor | None], Tensor],
+        like: Tensor,
+        condition: Tensor | None = None,
     ) -> tuple[Tensor, list[DiagonalGaussian]]:
         """Walks the chain: `next_latent(layer, h_l)` gives z_l; returns all z and the priors."""
         latents: list[Tensor] = []
@@ -207,7 +236,7 @@ class LatentChain(nn.Module):
         for layer in range(self.num_layers):
             if self.linked and layer > 0:
                 summary = self._next_summary(layer, summary, latents[-1])
-            priors.append(self._prior(layer, summary, like))
+            priors.append(self._prior(layer, summary, like, condition))
             latents.append(next_latent(layer, summary))
         if not latents:
             return like[..., :0, :], priors
@@ -222,11 +251,21 @@ class LatentChain(nn.Module):
             total = total + self.summary_to_summary[layer - 2](previous)
         return torch.tanh(total)
 
-    def _prior(self, layer: int, summary: Tensor | None, like: Tensor) -> DiagonalGaussian:
-        if summary is None:
-            shape = (*like.shape[:-2], self.latent_size)
-            return DiagonalGaussian.standard(*shape, dtype=like.dtype, device=like.device)
-        return DiagonalGaussian.from_raw(self.prior_heads[layer - 1](summary))
+    def _prior(
+        self, layer: int, summary: Tensor | None, like: Tensor, condition: Tensor | None
+    ) -> DiagonalGaussian:
+        terms: list[Tensor] = []
+        if summary is not None:
+            terms.append(self.prior_heads[layer - 1](summary))
+        if condition is not None:
+            raw = self.prior_from_condition[layer](condition[..., layer, :])
+            # As many as there are draws, also where nothing of theirs enters.
+            shape = torch.broadcast_shapes(raw.shape[:-1], like.shape[:-2])
+            terms.append(raw.expand(*shape, -1))
+        if terms:
+            return DiagonalGaussian.from_raw(sum(terms[1:], terms[0]))
+        shape = (*like.shape[:-2], self.latent_size)
+        return DiagonalGaussian.standard(*shape, dtype=like.dtype, device=like.device)
 
     def _posterior(self, layer: int, features: Tensor, summary: Tensor | None) -> DiagonalGaussian:
         raw = self.posterior_from_features[layer](features)

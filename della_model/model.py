@@ -12,12 +12,15 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    DynamicCache,
+    EncoderDecoderCache,
     GenerationMixin,
     PreTrainedModel,
 )
 
 from della_model.backbones import BACKBONES
-from della_model.backbones.base import encode
+from della_model.backbones.base import Encoded, encode
+from della_model.condition import Condition, Joined, Reading, beside, padded_left
 from della_model.config import DellaConfig, check_supported
 from della_model.errors import InputError
 from della_model.fusion import FUSIONS, Fusion, LatentMemory, Shift
@@ -45,6 +48,10 @@ class Della(PreTrainedModel, GenerationMixin):
     A document is BOS, its tokens, EOS; `attention_mask` is 1 on them and 0 on padding, which stands
     at the right or at the left and changes nothing. Token ids are never asked what padding is: in
     GPT-2, BOS, EOS and padding are one id.
+
+    A conditional model has a `condition` c wherever it has documents: priors are p(z_l | z_<l, c),
+    posteriors q(z_l | z_<l, x, c), and the decoder reads c before x or looks at it. `read` makes of
+    it what all three steps need.
     """
 
     config_class = DellaConfig
@@ -52,6 +59,7 @@ class Della(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flash_attn = True
     _skip_keys_device_placement = ("past_key_values",)
 
     def __init__(
@@ -72,9 +80,12 @@ class Della(PreTrainedModel, GenerationMixin):
             _keep_weights(backbone)
         self.backbone = backbone
         self._adapter = adapter
+        if not config.conditional:
+            for module in adapter.cross_attentions(backbone):
+                module.requires_grad_(False)  # it never runs
         if config.encoder == "separate" and config.num_latent_layers:
             if encoder is None:
-                encoder = adapter.trunk(adapter.build(copy.deepcopy(config.backbone)))
+                encoder = adapter.encoder(adapter.build(copy.deepcopy(config.backbone)))
             else:
                 _keep_weights(encoder)
             self.encoder = encoder
@@ -83,13 +94,24 @@ class Della(PreTrainedModel, GenerationMixin):
         self.pooling = nn.ModuleList(
             Pooling(hidden_size, config.pooling) for _ in config.feature_layers
         )
+        self.condition_pooling = nn.ModuleList(
+            Pooling(hidden_size, config.pooling)
+            for _ in (config.feature_layers if config.conditional else ())
+        )
         self.chain = LatentChain(
             config.num_latent_layers,
             config.latent_size,
             hidden_size,
             linked=config.latents == "layerwise",
+            conditional=config.conditional,
         )
         self.post_init()
+        self._begin_as_documents()
+
+    def _begin_as_documents(self) -> None:
+        """Documents begin with BOS alone, where an encoder–decoder's own targets force more."""
+        for name in ("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id"):
+            setattr(self.generation_config, name, None)
 
     def _place_fusions(self) -> None:
         """Opens the decoder where the configuration's fusion lets latents in."""
@@ -132,9 +154,10 @@ class Della(PreTrainedModel, GenerationMixin):
         config = DellaConfig(backbone=backbone.config, **della_options)
         encoder = None
         if config.encoder == "separate":
-            encoder = adapter.trunk(adapter.load(folder_or_hub_id, **options))
+            encoder = adapter.encoder(adapter.load(folder_or_hub_id, **options))
         model = cls(config, backbone=backbone, encoder=encoder)
         model.generation_config = copy.deepcopy(backbone.generation_config)
+        model._begin_as_documents()
         model.config.dtype = backbone.dtype
         return model.to(backbone.dtype)
 
@@ -144,36 +167,52 @@ class Della(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Int[Tensor, "batch time"],
         attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"],
-    ) -> Float[Tensor, "batch layers hidden"]:
-        """x_l for each latent layer: pooled hidden states of the bidirectional pass."""
-        self._check_length(input_ids)
-        layers = self.config.feature_layers
-        if not layers:
-            size = self.config.backbone.hidden_size
-            return self.head.weight.new_zeros(len(input_ids), 0, size)
-        unpadded = attention_mask.bool()
-        hidden = encode(self.encoder_trunk, input_ids, unpadded, _positions(unpadded), layers)
-        pooled = [pool(h, unpadded) for pool, h in zip(self.pooling, hidden, strict=True)]
-        return torch.stack(pooled, dim=1)
+        condition: Condition | Reading | None = None,
+    ) -> Float[Tensor, "batch layers features"]:
+        """x_l for each latent, or [x_l; c_l]: pooled hidden states of the bidirectional pass."""
+        reading = self._read(condition)
+        features = self._no_features(input_ids)
+        if self.config.feature_layers:
+            encoded = self._encode(self.encoder_trunk, input_ids, attention_mask)
+            features = _pooled(self.pooling, encoded, attention_mask)
+        return features if reading is None else torch.cat([features, reading.features], dim=-1)
+
+    def read(self, condition: Condition | Reading) -> Reading:
+        """c_l for each latent, and what the decoder looks at; one pass of the encoder."""
+        if isinstance(condition, Reading):
+            return condition
+        ids, mask = condition
+        features = self._no_features(ids)
+        states = None
+        is_encoder_decoder = self._adapter.is_encoder_decoder
+        if self.config.feature_layers or is_encoder_decoder:
+            encoded = self._encode(self.encoder_trunk, ids, mask)
+            states = encoded.last if is_encoder_decoder else None
+            if self.config.feature_layers:
+                features = _pooled(self.condition_pooling, encoded, mask)
+        return Reading(condition, features, states)
 
     def infer(
         self,
         input_ids: Int[Tensor, "batch time"],
         attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"],
         noise: Float[Tensor, "*draws batch layers latent"],
+        condition: Condition | Reading | None = None,
     ) -> LatentSample:
-        """z_l ~ q(z_l | z_<l, x); noise ~ N(0, I), with leading dimensions for more draws."""
+        """z_l ~ q(z_l | z_<l, x, c); noise ~ N(0, I), with leading dimensions for more draws."""
         self._check_latents("noise", noise, len(input_ids))
-        return self.chain.infer(self.features(input_ids, attention_mask), noise)
+        return self.chain.infer(self.features(input_ids, attention_mask, condition), noise)
 
     def reconstruction_nll(
         self,
         input_ids: Int[Tensor, "batch time"],
         attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"],
         latents: Float[Tensor, "batch layers latent"],
+        condition: Condition | Reading | None = None,
     ) -> Float[Tensor, " batch"]:
-        """−log p(x | z) in nats, summed over predicted tokens: all but BOS and padding."""
-        self._check_length(input_ids)
+        """−log p(x | z, c) in nats, summed over predicted tokens: all but BOS and padding of x."""
+        reading = self._read(condition)
+        self._check_length(input_ids, reading)
         self._check_latents("latents", latents, len(input_ids))
         # The last column is only ever predicted, whichever side the padding is on.
         unpadded = attention_mask.bool()
@@ -184,7 +223,7 @@ class Della(PreTrainedModel, GenerationMixin):
             inputs,
             latents,
             attention_mask=known.long(),
-            position_ids=_positions(known),
+            reading=reading,
             use_cache=False,
         ).last_hidden_state
         return self._nll_of_hidden(hidden, input_ids, unpadded)
@@ -194,10 +233,12 @@ class Della(PreTrainedModel, GenerationMixin):
         input_ids: Int[Tensor, "batch time"],
         attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"],
         noise: Float[Tensor, "batch layers latent"],
+        condition: Condition | Reading | None = None,
     ) -> ElboTerms:
-        """The terms of log p(x | z) − Σ_l KL(q_l ‖ p_l) under one draw z ~ q(z | x)."""
-        sample = self.infer(input_ids, attention_mask, noise)
-        nll = self.reconstruction_nll(input_ids, attention_mask, sample.latents)
+        """The terms of log p(x | z, c) − Σ_l KL(q_l ‖ p_l) under one draw z ~ q(z | x, c)."""
+        reading = self._read(condition)
+        sample = self.infer(input_ids, attention_mask, noise, reading)
+        nll = self.reconstruction_nll(input_ids, attention_mask, sample.latents, reading)
         num_predicted = _predicted(attention_mask.bool()).sum(-1)
         return ElboTerms(nll, sample.kl_per_layer, num_predicted, sample)
 
@@ -209,17 +250,23 @@ class Della(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         latents: Float[Tensor, "batch layers latent"] | None = None,
         noise: Float[Tensor, "batch layers latent"] | None = None,
+        condition: Condition | Reading | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> DellaOutput:
         """The decoder under `latents`, or, without them, under latents inferred from the input.
 
         In the second case the terms of the ELBO come along. `attention_mask` covers cached
         positions too. `logits_to_keep`: the last n positions only, or those of an index; 0 for all.
+        In generation, what is known of a condition comes as the beginning of `input_ids`, or for an
+        encoder–decoder backbone as `encoder_hidden_states`; else it is given as `condition`.
         """
+        reading = None if condition is None else self.read(condition)
         if attention_mask is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             batch, time = input_ids.shape
@@ -228,16 +275,18 @@ class Della(PreTrainedModel, GenerationMixin):
         if latents is None:
             self._check_no_cache(past_key_values)
             noise = self.draw_noise(len(input_ids)) if noise is None else noise
-            sample = self.infer(input_ids, attention_mask, noise)
+            sample = self.infer(input_ids, attention_mask, noise, reading)
             latents = sample.latents
         self._check_latents("latents", latents, len(input_ids))
-        if position_ids is None and attention_mask.ndim == 2:
-            position_ids = _positions(attention_mask.bool())[:, -input_ids.shape[1] :]
+        if encoder_hidden_states is not None:
+            kwargs["encoder_hidden_states"] = encoder_hidden_states
+            kwargs["encoder_attention_mask"] = encoder_attention_mask
         decoded = self._decode(
             input_ids,
             latents,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            reading=reading,
             past_key_values=past_key_values,
             use_cache=bool(use_cache),
             **kwargs,
@@ -245,7 +294,7 @@ class Della(PreTrainedModel, GenerationMixin):
         hidden = decoded.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         output = DellaOutput(
-            logits=self.head(hidden[:, keep]),
+            logits=self._scores(hidden[:, keep]),
             past_key_values=decoded.past_key_values,
             latents=latents,
         )
@@ -263,6 +312,7 @@ class Della(PreTrainedModel, GenerationMixin):
         inputs: Int[Tensor, "batch time"] | None = None,
         *,
         latents: Float[Tensor, "batch layers latent"] | None = None,
+        condition: Condition | Reading | None = None,
         num_documents: int | None = None,
         noise: Float[Tensor, "batch layers latent"] | None = None,
         generator: torch.Generator | None = None,
@@ -271,23 +321,43 @@ class Della(PreTrainedModel, GenerationMixin):
         """transformers' `generate` under latents, given or drawn from the prior.
 
         Without `inputs`, each document starts from BOS. Without `latents`, they are drawn with
-        `noise` or `generator`, for as many documents as `inputs`, `noise` or `num_documents` say
-        (else 1). Beams and `num_return_sequences` of a document share its latents. All else
-        (do_sample, num_beams, top_k, max_new_tokens, …) is transformers'. Returns token ids
-        [documents, time], the start included.
+        `noise` or `generator`, for as many documents as `inputs`, `condition`, `noise` or
+        `num_documents` say (else 1). Beams and `num_return_sequences` of a document share its
+        latents. All else (do_sample, num_beams, top_k, max_new_tokens, …) is transformers'. Returns
+        token ids [documents, time], the start included, a source never.
         """
         inputs = kwargs.pop("input_ids", inputs)
+        reading = self._read(condition)
         if latents is None:
             count = num_documents if inputs is None else len(inputs)
-            latents = self.sample_prior(count, noise=noise, generator=generator)
+            latents = self.sample_prior(count, noise=noise, generator=generator, condition=reading)
         if inputs is None:
             inputs = self._beginnings(len(latents))
         self._check_latents("latents", latents, len(inputs))
-        self._check_room(inputs, kwargs.get("max_new_tokens"))
         # Given always: where padding and BOS are one id, transformers would take BOS for padding.
-        if kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = torch.ones_like(inputs)
-        return super().generate(inputs, latents=latents, **kwargs)
+        mask = kwargs.pop("attention_mask", None)
+        mask = torch.ones_like(inputs) if mask is None else mask
+        prompts = inputs
+        if reading is not None and reading.states is not None:
+            kwargs["encoder_hidden_states"] = reading.states
+            kwargs["encoder_attention_mask"] = reading.condition.attention_mask.long()
+            if kwargs.get("use_cache", True):
+                kwargs.setdefault(
+                    "past_key_values", EncoderDecoderCache(DynamicCache(), DynamicCache())
+                )
+        elif reading is not None:
+            inputs, mask = padded_left(beside(reading.condition, Condition(inputs, mask)))
+        self._check_room(mask, kwargs.get("max_new_tokens"))
+        found = super().generate(inputs, latents=latents, attention_mask=mask, **kwargs)
+        if inputs is prompts:
+            return found
+        ids = found if isinstance(found, Tensor) else found.sequences
+        prompts = prompts.repeat_interleave(len(ids) // len(prompts), dim=0)
+        ids = torch.cat([prompts, ids[:, inputs.shape[1] :]], dim=1)
+        if isinstance(found, Tensor):
+            return ids
+        found.sequences = ids
+        return found
 
     def sample_prior(
         self,
@@ -295,11 +365,18 @@ class Della(PreTrainedModel, GenerationMixin):
         *,
         noise: Float[Tensor, "batch layers latent"] | None = None,
         generator: torch.Generator | None = None,
+        condition: Condition | Reading | None = None,
     ) -> Float[Tensor, "batch layers latent"]:
-        """z_l ~ p(z_l | z_<l), for `num_documents` (default 1) or one for each row of `noise`."""
+        """z_l ~ p(z_l | z_<l, c), one for each source of `condition` or row of `noise`.
+
+        Without either, for `num_documents` (default 1).
+        """
+        reading = self._read(condition)
+        conditions = None if reading is None else reading.features
         if noise is None:
-            noise = self.draw_noise(num_documents or 1, generator=generator)
-        return self.chain.sample_prior(noise)
+            count = num_documents or (1 if conditions is None else len(conditions))
+            noise = self.draw_noise(count, generator=generator)
+        return self.chain.sample_prior(noise, conditions)
 
     def draw_noise(
         self, *leading: int, generator: torch.Generator | None = None
@@ -322,13 +399,25 @@ class Della(PreTrainedModel, GenerationMixin):
 
     @property
     def encoder_trunk(self) -> PreTrainedModel:
-        """The blocks of the bidirectional pass: the decoder's own, or a second backbone's."""
-        return self.encoder if self.config.encoder == "separate" else self.trunk
+        """The blocks of the bidirectional pass: the backbone's own, or those of a second one."""
+        is_separate = self.config.encoder == "separate"
+        return self.encoder if is_separate else self._adapter.encoder(self.backbone)
+
+    def blocks(self) -> list[nn.Module]:
+        """The backbone's layers, of decoder and encoder: what is compiled or checkpointed."""
+        trunks = {id(trunk): trunk for trunk in (self.trunk, self.encoder_trunk)}
+        lists = [m for t in trunks.values() for m in t.children() if isinstance(m, nn.ModuleList)]
+        return [block for blocks in lists for block in blocks]
 
     @property
     def head(self) -> VocabularyHead:
         """The backbone's `lm_head`; again after its vocabulary was resized."""
         return VocabularyHead.adopt(self.backbone.get_output_embeddings())
+
+    def latent_parts(self) -> list[tuple[str, Fusion | LatentChain | Pooling]]:
+        """What the backbone has not: the modules that exist for the latents, by name."""
+        kinds = Fusion | LatentChain | Pooling
+        return [(name, part) for name, part in self.named_modules() if isinstance(part, kinds)]
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's."""
@@ -346,6 +435,12 @@ class Della(PreTrainedModel, GenerationMixin):
         """Into the backbone."""
         self.backbone.set_output_embeddings(new_embeddings)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """The backbone's, which knows what else is as long as its vocabulary."""
+        if self.config.encoder == "separate" and self.config.num_latent_layers:
+            self.encoder.resize_token_embeddings(*args, **kwargs)
+        return self.backbone.resize_token_embeddings(*args, **kwargs)
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """transformers', then each part's own start; weights that were loaded stay.
@@ -355,15 +450,60 @@ class Della(PreTrainedModel, GenerationMixin):
         fusions inside it.
         """
         super().initialize_weights()
-        for module in self.latent_modules():
-            module.reset_parameters()
+        for _, part in self.latent_parts():
+            part.reset_parameters()
 
-    def latent_modules(self) -> list[Fusion | LatentChain | Pooling]:
-        """All that is there for the latents and not in the backbone; a second encoder is not."""
-        kinds = Fusion | LatentChain | Pooling
-        return [module for module in self.modules() if isinstance(module, kinds)]
+    def _encode(self, encoder: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Encoded:
+        self._check_length(input_ids)
+        unpadded, backbone = mask.bool(), self.config.backbone
+        layers = [self._adapter.encoder_layer(backbone, n) for n in self.config.feature_layers]
+        return encode(encoder, input_ids, unpadded, _positions(unpadded), layers)
+
+    def _no_features(self, input_ids: Tensor) -> Float[Tensor, "batch none hidden"]:
+        return self.head.weight.new_zeros(len(input_ids), 0, self.config.backbone.hidden_size)
+
+    def _read(self, condition: Condition | Reading | None) -> Reading | None:
+        if self.config.conditional != (condition is not None):
+            wanted = "a condition" if self.config.conditional else "no condition"
+            raise InputError(
+                f"condition: expected {wanted} of this model, got "
+                f"{'none' if condition is None else 'one'}: its priors are made for documents "
+                f"{'with' if self.config.conditional else 'without'} sources; see "
+                "DellaConfig.conditional."
+            )
+        return None if condition is None else self.read(condition)
 
     def _decode(
+        self,
+        input_ids: Int[Tensor, "batch time"],
+        latents: Float[Tensor, "batch layers latent"],
+        *,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        reading: Reading | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The hidden states of documents, behind their sources where they have some."""
+        joined = None
+        if reading is not None and reading.states is not None:
+            kwargs["encoder_hidden_states"] = reading.states
+            kwargs["encoder_attention_mask"] = reading.condition.attention_mask.long()
+        elif reading is not None:
+            joined = Joined.of(reading.condition, Condition(input_ids, attention_mask))
+            input_ids, attention_mask = joined.input_ids, joined.attention_mask
+            position_ids = None
+        if position_ids is None and attention_mask.ndim == 2:
+            position_ids = _positions(attention_mask.bool())[:, -input_ids.shape[1] :]
+        start = self._adapter.start_id(self.config.backbone)
+        if start is not None and position_ids is not None:
+            input_ids = input_ids.masked_fill(position_ids == 0, start)
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        decoded = self._decode_tokens(input_ids, latents, **kwargs)
+        if joined is not None:
+            decoded.last_hidden_state = joined.of_documents(decoded.last_hidden_state)
+        return decoded
+
+    def _decode_tokens(
         self,
         input_ids: Int[Tensor, "batch time"],
         latents: Float[Tensor, "batch layers latent"],
@@ -387,13 +527,22 @@ class Della(PreTrainedModel, GenerationMixin):
     ) -> Float[Tensor, " batch"]:
         """Σ_t −log p(x_t | x_<t, z), from the hidden states of all positions but the last."""
         predicted = _predicted(unpadded)[:, 1:]
-        token_nll = self.head(hidden[predicted], targets=input_ids[:, 1:][predicted])
+        token_nll = self._scores(hidden[predicted], input_ids[:, 1:][predicted])
         # Back into rows: a sum along a row has one order, a scattered sum has none on a GPU.
         rows = token_nll.new_zeros(predicted.shape)
         return rows.masked_scatter(predicted, token_nll).sum(-1)
 
+    def _scores(
+        self, hidden: Float[Tensor, "*rows hidden"], targets: Int[Tensor, "*rows"] | None = None
+    ) -> Float[Tensor, "*out"]:
+        """The head's logits; with `targets`, their −log p in nats."""
+        ready = self._adapter.before_head(self.backbone, hidden)
+        return self.head(ready, targets, self._adapter.logits_bias(self.backbone))
+
     def _beginnings(self, count: int) -> Int[Tensor, "batch 1"]:
         bos = self.generation_config.bos_token_id
+        if bos is None:
+            bos = self._adapter.start_id(self.config.backbone)
         if bos is None:
             raise InputError(
                 "generate: expected inputs or a bos_token_id in the backbone's configuration, got "
@@ -401,22 +550,26 @@ class Della(PreTrainedModel, GenerationMixin):
             )
         return torch.full((count, 1), bos, dtype=torch.long, device=self.device)
 
-    def _check_length(self, input_ids: Tensor) -> None:
-        longest = self.config.backbone.max_position_embeddings
-        if input_ids.shape[1] > longest:
+    def _check_length(self, input_ids: Tensor, reading: Reading | None = None) -> None:
+        longest, wanted = self.config.context, input_ids.shape[1]
+        what = ""
+        if reading is not None and reading.states is None:
+            wanted += reading.condition.input_ids.shape[1]
+            what = " for a source and its document"
+        if wanted > longest:
             raise InputError(
-                f"input_ids: expected at most {longest} positions, got {input_ids.shape[1]}: the "
+                f"input_ids: expected at most {longest} positions{what}, got {wanted}: the "
                 "backbone has no more; cut or drop longer documents in preprocessing."
             )
 
-    def _check_room(self, inputs: Tensor, max_new_tokens: int | None) -> None:
-        longest = self.config.backbone.max_position_embeddings
+    def _check_room(self, attention_mask: Tensor, max_new_tokens: int | None) -> None:
+        longest, taken = self.config.context, int(attention_mask.sum(-1).max())
         # The last new token is never read again, so it needs no position.
-        room = longest - inputs.shape[1] + 1
+        room = longest - taken + 1
         if max_new_tokens is not None and max_new_tokens > room:
             raise InputError(
                 f"max_new_tokens: expected at most {room}, got {max_new_tokens}: the backbone has "
-                f"{longest} positions and the inputs take {inputs.shape[1]}; lower it."
+                f"{longest} positions and the inputs take {taken}; lower it."
             )
 
     def _check_latents(self, name: str, given: Tensor, batch: int) -> None:
@@ -439,6 +592,11 @@ def _keep_weights(loaded: PreTrainedModel) -> None:
     """Its weights are loaded: not to be drawn anew."""
     for module in loaded.modules():
         module._is_hf_initialized = True
+
+
+def _pooled(poolings: nn.ModuleList, encoded: Encoded, mask: Tensor) -> Tensor:
+    pairs = zip(poolings, encoded.of_layers, strict=True)
+    return torch.stack([pool(hidden, mask.bool()) for pool, hidden in pairs], dim=1)
 
 
 def _positions(unpadded: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:

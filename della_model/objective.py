@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from della_model.condition import Condition
 from della_model.errors import ConfigError
 from della_model.model import Della
 from della_model.outputs import ElboTerms
@@ -47,9 +48,14 @@ class Objective(nn.Module):
         noise: Float[Tensor, "batch layers latent"],
         document_weight: Float[Tensor, " batch"],
         beta: float,
+        condition_ids: Int[Tensor, "batch source"] | None = None,
+        condition_mask: Int[Tensor, "batch source"] | Bool[Tensor, "batch source"] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The loss, and detached sums over the documents of weight > 0 (nats, counts)."""
-        terms = self.model.elbo_terms(input_ids, attention_mask, noise)
+        condition = None
+        if condition_ids is not None and condition_mask is not None:
+            condition = Condition(condition_ids, condition_mask)
+        terms = self.model.elbo_terms(input_ids, attention_mask, noise, condition)
         charged_kl = terms.kl_per_layer.clamp(min=self.free_bits).sum(-1)
         loss = (document_weight * (terms.reconstruction_nll + beta * charged_kl)).sum()
         return loss, {"loss": loss.detach(), **_sums(terms, document_weight > 0)}

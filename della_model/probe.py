@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from della_model.condition import Condition, Reading
 from della_model.model import Della
 from della_model.shapes import Bool, Float, Int
 
@@ -30,6 +31,7 @@ def swap_effect(
     attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"],
     latents: Float[Tensor, "batch layers latent"],
     partners: Float[Tensor, "batch layers latent"],
+    condition: Condition | Reading | None = None,
 ) -> SwapEffect:
     """The effect on each document of taking layer l's latent from its partner, l by l.
 
@@ -39,12 +41,13 @@ def swap_effect(
     unpadded = attention_mask.bool()
     predicted = (unpadded & (unpadded.long().cumsum(-1) > 1))[:, 1:]
     targets = input_ids[:, 1:, None]
-    own = _log_probabilities(model, input_ids, attention_mask, latents)
+    reading = None if condition is None else model.read(condition)
+    own = _log_probabilities(model, input_ids, attention_mask, latents, reading)
     rows = []
     for layers in _swaps(latents.shape[1]):
         swapped = latents.clone()
         swapped[:, layers] = partners[:, layers]
-        other = _log_probabilities(model, input_ids, attention_mask, swapped)
+        other = _log_probabilities(model, input_ids, attention_mask, swapped, reading)
         kl = (own.exp() * (own - other)).sum(-1)
         # Log-probabilities are logits with a shift of their own; the mean takes it away.
         change = own - other
@@ -67,8 +70,12 @@ def _swaps(num_layers: int) -> list[list[int]]:
 
 
 def _log_probabilities(
-    model: Della, input_ids: Tensor, attention_mask: Tensor, latents: Tensor
+    model: Della,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    latents: Tensor,
+    reading: Reading | None,
 ) -> Float[Tensor, "batch before vocabulary"]:
     """log p(· | x_<t, z) at each position but the last, in float64."""
-    logits = model(input_ids, attention_mask, latents=latents).logits
+    logits = model(input_ids, attention_mask, latents=latents, condition=reading).logits
     return logits[:, :-1].double().log_softmax(-1)

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from os import PathLike
-from typing import Any
+from transformers import PreTrainedModel
 
-from transformers import GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
-
+from della_model.backbones.base import BackboneAdapter
 from della_model.routing import SelfAttention
 
 
-class GPT2Adapter:
+class GPT2Adapter(BackboneAdapter):
     """transformers' own `GPT2LMHeadModel`."""
-
-    def build(self, config: PreTrainedConfig) -> PreTrainedModel:
-        """A GPT-2 with random weights."""
-        return GPT2LMHeadModel._from_config(config)
-
-    def load(self, folder_or_hub_id: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:
-        """A pretrained GPT-2."""
-        return GPT2LMHeadModel.from_pretrained(folder_or_hub_id, **kwargs)
 
     def trunk(self, backbone: PreTrainedModel) -> PreTrainedModel:
         """The `GPT2Model` inside."""

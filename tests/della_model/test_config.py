@@ -1,7 +1,8 @@
 import pytest
-from transformers import BertConfig, GPT2LMHeadModel
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, GPT2LMHeadModel
 
-from della_model import SIZES, ConfigError, Della, DellaConfig, gpt2_config
+from della_model import SIZES, ConfigError, Della, DellaConfig, backbone_config, gpt2_config
 
 
 def test_config_defaults_are_usable():
@@ -101,3 +102,25 @@ def test_size_published_has_its_published_number_of_parameters(size, millions):
     with torch.device("meta"):
         model = GPT2LMHeadModel(gpt2_config(size, 50257))
     assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bart", "t5"])
+def test_config_a_size_is_as_deep_and_wide_in_every_family(family):
+    config = backbone_config(family, "tiny", 53, n_positions=31, eos_token_id=2, pad_token_id=2)
+    whole = DellaConfig(backbone=config)
+    assert (config.vocab_size, config.hidden_size) == (53, 128)
+    assert list(whole.latent_layer_indices) == [0, 1, 2, 3]
+
+
+def test_config_a_llama_of_a_size_has_as_many_parameters_as_gpt2():
+    counts = []
+    for family in ("gpt2", "llama"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(backbone_config(family, "gpt2", 50257))
+        counts.append(model.num_parameters())
+    assert counts[1] == pytest.approx(counts[0], rel=0.01)
+
+
+def test_config_unknown_family_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"one of bart, gpt2, llama, t5.*mean 'llama'"):
+        backbone_config("lama", "tiny", 53)
