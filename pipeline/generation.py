@@ -23,7 +23,7 @@ from pipeline.tokenization import encoder_of, special_ids
 if TYPE_CHECKING:
     import torch
 
-    from della_model import Della
+    from della_model import Della, Reading
 
 BATCH_SIZE = 32
 
@@ -160,9 +160,67 @@ def reconstruct_documents(
     return texts
 
 
+def texts_for_sources(
+    model: Della,
+    tokenizer: Any,
+    sources: Sequence[str],
+    seed: int,
+    decoding: Decoding,
+    batch_size: int = BATCH_SIZE,
+) -> list[str]:
+    """A text for each source c, by a conditional model: z ~ p(z | c), then x from p(x | z, c).
+
+    Raises:
+        UserError: if the model knows no sources, or one is longer than its context.
+    """
+    if not model.config.conditional:
+        raise UserError(
+            "mode=target needs a model that was trained on sources with their targets, and these "
+            "weights were not: its texts depend on no source; use mode=sample."
+        )
+    documents = list(encoder_of(tokenizer).encode(sources))
+    # A decoder-only model has the source before the text, which needs a place for BOS at least.
+    room = context_of(model) - (0 if model.config.adapter.is_encoder_decoder else 2)
+    for number, document in enumerate(documents, start=1):
+        if len(document) > room:
+            raise UserError(
+                f"source {number} has {len(document)} tokens with BOS and EOS, but the model's "
+                f"context leaves room for {room}: it cannot be read whole; shorten it."
+            )
+    texts: list[str] = []
+    for first in range(0, len(documents), batch_size):
+        batch = documents[first : first + batch_size]
+        numbers = range(first, first + len(batch))
+        texts += target_texts(model, tokenizer, batch, seed, decoding, numbers)
+    return texts
+
+
+def target_texts(
+    model: Della,
+    tokenizer: Any,
+    sources: Sequence[NDArray[np.int32]],
+    seed: int,
+    decoding: Decoding,
+    numbers: Iterable[int],
+) -> list[str]:
+    """As `texts_for_sources`, of token ids, all at once; `numbers` name what is drawn for each."""
+    import torch
+
+    from della_model import Condition
+
+    numbers = list(numbers)
+    shape = (model.config.num_latent_layers, model.config.latent_size)
+    noise = torch.from_numpy(document_noise(Stream(seed, Purpose.PRIOR), numbers, shape))
+    ids, mask = (tensor.to(model.device) for tensor in pad_right(sources, 0))
+    with torch.inference_mode():
+        condition = model.read(Condition(ids, mask))
+        latents = model.sample_prior(noise=noise.to(model.device), condition=condition)
+    return decode_latents(model, tokenizer, latents, decoding, seed, numbers, condition)
+
+
 def context_of(model: Della) -> int:
     """Longest document of a model, in tokens with BOS and EOS."""
-    longest: int = model.config.backbone.max_position_embeddings
+    longest: int = model.config.context
     return longest
 
 
@@ -173,25 +231,33 @@ def decode_latents(
     decoding: Decoding,
     seed: int,
     places: Iterable[int],
+    condition: Reading | None = None,
 ) -> list[str]:
-    """Texts under latents [documents, layers, latent]; `places` name the numbers they draw by."""
+    """Texts under latents [documents, layers, latent]; `places` name the numbers they draw by.
+
+    Of a conditional model, `condition` is what `model.read` gave of the documents' sources.
+    """
     import torch
 
+    context = context_of(model)
+    if condition is not None and condition.states is None:
+        context -= int(condition.condition.attention_mask.sum(-1).max())
     special = special_ids(tokenizer)
     start = torch.full((len(latents), 1), special.bos, device=model.device)
     found = model.generate(
         start,
         latents=latents,
+        condition=condition,
         eos_token_id=special.eos,
         pad_token_id=special.pad,
-        **decoding.options(context_of(model), seed, places),
+        **decoding.options(context, seed, places),
     )
     encoder = encoder_of(tokenizer)
     return [encoder.decode(ids).strip() for ids in found[:, 1:].tolist()]
 
 
 def run_generate(spec: GenerateSpec, weights: Location) -> list[dict[str, str]]:
-    """Generate what the spec asks for: rows `sample`, or `source` and `reconstruction`.
+    """Generate what the spec asks for, a row a text, by the names of what they are.
 
     Raises:
         UserError: if the weights or the input cannot be used.
@@ -201,7 +267,7 @@ def run_generate(spec: GenerateSpec, weights: Location) -> list[dict[str, str]]:
     texts = read_texts(Location.parse(spec.input)) if spec.input is not None else []
     tokenizer = load_weights_tokenizer(weights)
     model = load_model(weights, _device(spec.device))
-    default = 1.0 if spec.mode == "sample" and spec.num_beams == 1 else 0.0
+    default = 0.0 if spec.mode == "reconstruct" or spec.num_beams > 1 else 1.0
     decoding = Decoding(
         max_tokens=spec.max_tokens,
         temperature=default if spec.temperature is None else spec.temperature,
@@ -212,6 +278,10 @@ def run_generate(spec: GenerateSpec, weights: Location) -> list[dict[str, str]]:
     if spec.mode == "sample":
         samples = sample_texts(model, tokenizer, spec.num, spec.seed, decoding, spec.batch_size)
         return [{"sample": text} for text in samples]
+    if spec.mode == "target":
+        targets = texts_for_sources(model, tokenizer, texts, spec.seed, decoding, spec.batch_size)
+        pairs = zip(texts, targets, strict=True)
+        return [{"source": source, "target": text} for source, text in pairs]
     rebuilt = reconstruct_texts(
         model, tokenizer, texts, spec.seed, decoding, spec.latents, spec.batch_size
     )

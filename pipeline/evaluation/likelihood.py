@@ -33,9 +33,9 @@ def document_figures(model: Della, batch: Batch, settings: EvaluationSpec) -> Ar
 
     from della_model import iw_nll_of_weights
 
-    inputs = batch.inputs
     layers, size = model.config.num_latent_layers, model.config.latent_size
     with torch.inference_mode():
+        batch = batch.read_by(model)
         features = features_of(model, batch)
         means = model.chain.infer(features, _zeros(model, features))
         sums = torch.zeros(len(batch.places), layers, size, dtype=torch.float64).to(features.device)
@@ -59,7 +59,7 @@ def document_figures(model: Della, batch: Batch, settings: EvaluationSpec) -> Ar
                 log_ratios.sum(-1) - reconstruction_nll, settings.iw_samples
             ),
             "paper_iw_nll": iw_nll_of_weights(averaged - reconstruction_nll, settings.iw_samples),
-            "num_predicted": inputs["attention_mask"].sum(-1) - 1,
+            "num_predicted": batch.inputs["attention_mask"].sum(-1) - 1,
             "posterior_means": means.latents,
             "latents": latents,
             "log_posterior": first.sample.log_posterior[0].double().sum(-1),
@@ -79,6 +79,7 @@ def curve_figures(model: Della, batch: Batch, settings: EvaluationSpec) -> Array
 
     most = max(settings.iw_curve)
     with torch.inference_mode():
+        batch = batch.read_by(model)
         features = features_of(model, batch)
         elbo, weights = [], []
         for samples in importance_chunks(model, batch, features, most, settings):

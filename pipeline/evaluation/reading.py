@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
+    from della_model import Della
     from pipeline.shards import Documents, Split
 
 Tokens = NDArray[np.int32]
@@ -60,12 +61,17 @@ class Batch:
 
     rows: NDArray[np.int64]  # where in the list that was cut into batches each of them stands
     places: NDArray[np.int64]  # in the split
-    inputs: dict[str, torch.Tensor]  # the model's arguments, [B, T] each, on its device
+    # The model's arguments, on its device: input_ids and attention_mask [B, T], and of conditional
+    # data `condition`.
+    inputs: dict[str, Any]
+    num_tokens: int  # positions of one pass over the batch, padding among them
 
-    @property
-    def num_tokens(self) -> int:
-        """Positions of one pass over the batch, padding among them."""
-        return sum(tensor.numel() for name, tensor in self.inputs.items() if "ids" in name)
+    def read_by(self, model: Della) -> Batch:
+        """The same batch, its sources read once for all that is to be computed of it."""
+        if "condition" not in self.inputs:
+            return self
+        condition = model.read(self.inputs["condition"])
+        return replace(self, inputs=self.inputs | {"condition": condition})
 
 
 def make_batch(
@@ -74,18 +80,22 @@ def make_batch(
     rows: NDArray[np.int64] | None = None,
 ) -> Batch:
     """Put documents into one batch; what pads is never looked at."""
+    from della_model import Condition
     from pipeline.batches import pad_right
 
-    ids, mask = pad_right([document.tokens for document in documents], 0)
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    ids, mask = (tensor.to(device) for tensor in pad_right([d.tokens for d in documents], 0))
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    num_tokens = ids.numel()
     conditions = [d.condition for d in documents if d.condition is not None]
     if conditions:
-        ids, mask = pad_right(conditions, 0)
-        inputs |= {"condition_ids": ids, "condition_mask": mask}
+        condition = Condition(*(tensor.to(device) for tensor in pad_right(conditions, 0)))
+        inputs["condition"] = condition
+        num_tokens += condition.input_ids.numel()
     return Batch(
         np.arange(len(documents)) if rows is None else rows,
         np.array([document.place for document in documents]),
-        {name: tensor.to(device) for name, tensor in inputs.items()},
+        inputs,
+        num_tokens,
     )
 
 

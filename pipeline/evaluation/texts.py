@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from pipeline.evaluation.blocks import Arrays
 from pipeline.evaluation.likelihood import posterior_means
 from pipeline.evaluation.reading import Document, make_batch, make_batches
-from pipeline.generation import Decoding, decode_latents, sample_texts
+from pipeline.generation import Decoding, decode_latents, sample_texts, target_texts
 from pipeline.specs.evaluate import EvaluationSpec
 from pipeline.tokenization import encoder_of
 
 if TYPE_CHECKING:
-    from della_model import Della
+    from della_model import Della, Reading
 
 INTERPOLATION_STEPS = 7  # both ends among them
 
@@ -32,6 +32,21 @@ def sampled(
     return {"text": as_array(texts)}
 
 
+def sampled_for_sources(
+    model: Della,
+    tokenizer: Any,
+    documents: Sequence[Document],
+    first: int,
+    settings: EvaluationSpec,
+) -> Arrays:
+    """As `sampled`, a text for the source of each document; `first` is the number of the first."""
+    decoding = Decoding(max_tokens=settings.sample_max_tokens, top_p=settings.sample_top_p)
+    sources = [document.condition for document in documents if document.condition is not None]
+    numbers = range(first, first + len(sources))
+    texts = target_texts(model, tokenizer, sources, settings.seed, decoding, numbers)
+    return {"text": as_array(texts)}
+
+
 def reconstructed(
     model: Della, tokenizer: Any, documents: Sequence[Document], settings: EvaluationSpec
 ) -> Arrays:
@@ -41,7 +56,9 @@ def reconstructed(
     for batch in make_batches(documents, settings.batch_tokens, model.device):
         chosen = [documents[row] for row in batch.rows]
         longest = max(len(document.tokens) for document in chosen)
-        found = _greedy(model, tokenizer, posterior_means(model, batch), longest, batch.places)
+        batch = batch.read_by(model)
+        means, condition = posterior_means(model, batch), batch.inputs.get("condition")
+        found = _greedy(model, tokenizer, means, longest, batch.places, condition)
         for row, text in zip(batch.rows, found, strict=True):
             texts[row] = text
     return {
@@ -87,7 +104,12 @@ def as_array(texts: Any) -> NDArray[np.str_]:
 
 
 def _greedy(
-    model: Della, tokenizer: Any, latents: Any, max_tokens: int, places: NDArray[np.int64]
+    model: Della,
+    tokenizer: Any,
+    latents: Any,
+    max_tokens: int,
+    places: NDArray[np.int64],
+    condition: Reading | None = None,
 ) -> list[str]:
     decoding = Decoding(max_tokens=max_tokens, temperature=0.0)
-    return decode_latents(model, tokenizer, latents, decoding, 0, places)
+    return decode_latents(model, tokenizer, latents, decoding, 0, places, condition)

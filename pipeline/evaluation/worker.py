@@ -47,7 +47,10 @@ def plan_blocks(
         counts |= {
             "probe": min(settings.probe_documents, num_documents) if num_documents > 1 else 0,
             "reconstructions": min(settings.num_reconstructions, num_documents),
-            "interpolations": min(settings.num_interpolations, num_documents // 2),
+            # Two documents of different sources have no text between them.
+            "interpolations": 0
+            if config.conditional
+            else min(settings.num_interpolations, num_documents // 2),
             "mutual_information": num_documents if settings.mutual_information else 0,
         }
     return {
@@ -172,9 +175,16 @@ class Evaluator:
         return self._reference_model.figures(texts)
 
     def _samples(self, block: Block) -> Arrays:
-        from pipeline.evaluation.texts import sampled
+        from pipeline.evaluation.texts import sampled, sampled_for_sources
 
-        return sampled(self._model, self._tokenizer, block.start, block.size, self._settings)
+        if not self._model.config.conditional:
+            return sampled(self._model, self._tokenizer, block.start, block.size, self._settings)
+        # Over and over, where more texts are asked for than there are sources.
+        places = [number % self._num_documents for number in range(block.start, block.stop)]
+        documents = self._reader.read(places)
+        return sampled_for_sources(
+            self._model, self._tokenizer, documents, block.start, self._settings
+        )
 
     def _reconstructions(self, block: Block) -> Arrays:
         from pipeline.evaluation.texts import reconstructed

@@ -12,9 +12,10 @@ from pipeline.specs.base import Spec
 class GenerateSpec(Spec):
     """One run of generation. Its input is weights; deterministic by `seed`."""
 
-    mode: Literal["sample", "reconstruct"] = "sample"
+    mode: Literal["sample", "reconstruct", "target"] = "sample"
     num: int = Field(8, gt=0)  # sample: how many sentences
-    input: str | None = None  # reconstruct: a text file, a document a line
+    # reconstruct: a text file, a document a line; target: one with a source a line.
+    input: str | None = None
     seed: int = Field(0, ge=0)
     batch_size: int = Field(32, gt=0)  # documents generated at once
     max_tokens: int = Field(64, gt=0)  # new tokens at most, the end-of-text token among them
@@ -31,9 +32,9 @@ class GenerateSpec(Spec):
 
     @model_validator(mode="after")
     def _reconstruction_has_an_input(self) -> Self:
-        if self.mode == "reconstruct" and self.input is None:
+        if self.mode != "sample" and self.input is None:
             raise ValueError(
-                "mode=reconstruct needs input=FILE, a text file with a document a line, and none "
+                f"mode={self.mode} needs input=FILE, a text file with a document a line, and none "
                 "was given"
             )
         if self.mode == "sample" and self.input is not None:

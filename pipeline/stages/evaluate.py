@@ -110,8 +110,19 @@ def run_evaluate(
 
 
 def _check_lengths(weights: Location, split: Split, num_documents: int) -> None:
-    context = load_config(weights).backbone.max_position_embeddings
-    lengths = split.lengths()[:num_documents]
+    config = load_config(weights)
+    if config.conditional != split.is_conditional:
+        has, needs = ("no sources", "with") if config.conditional else ("sources", "without")
+        raise UserError(
+            f"the documents of the split '{split.name}' have {has}, but the model was trained on "
+            f"documents {needs} them: its likelihood would be another's; give a dataset that was "
+            f"made {needs} corpus.source_field."
+        )
+    context = config.context
+    lengths = split.lengths()
+    if not config.adapter.is_encoder_decoder:
+        lengths = lengths + split.condition_lengths()
+    lengths = np.maximum(lengths, split.condition_lengths())[:num_documents]
     too_long = np.flatnonzero(lengths > context)
     if len(too_long):
         worst = int(lengths.argmax())
