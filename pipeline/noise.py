@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     PRIOR = 5
     RECONSTRUCTION = 6
     TOKENS = 7  # of a text that is drawn
+    START = 8  # weights of the parts that a pretrained backbone lacks
 
 
 @dataclass(frozen=True)

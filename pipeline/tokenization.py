@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -150,6 +150,14 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(backend_of(tokenizer).get_vocab(with_added_tokens=True).values()) + 1
 
 
+def ordinary_size(tokenizer: Any) -> int:
+    """Rows of an embedding that ordinary tokens need: special ones behind them are left out."""
+    backend = backend_of(tokenizer)
+    special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+    vocabulary = backend.get_vocab(with_added_tokens=True).values()
+    return max((id for id in vocabulary if id not in special), default=-1) + 1
+
+
 def fingerprint_tokenizer(tokenizer: Any) -> str:
     """Name a transformers tokenizer by what it turns text into; sha256 in hex.
 
@@ -208,7 +216,7 @@ def _from_pretrained(folder: str) -> Any:
         ) from None
 
 
-def load_gpt2(folder: Location) -> Any:
+def load_gpt2(folder: Location, special: Mapping[str, str] | None = None) -> Any:
     """Build GPT-2's tokenizer from `vocab.json` and `merges.txt`.
 
     Raises:
@@ -239,11 +247,14 @@ def load_gpt2(folder: Location) -> Any:
         )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return _wrap(backend, GPT2_SPECIAL, GPT2_SPECIAL, GPT2_SPECIAL)
+    return _wrap_with(backend, [GPT2_SPECIAL] * 3, special)
 
 
-def load_hf(path: str) -> Any:
+def load_hf(path: str, special: Mapping[str, str] | None = None) -> Any:
     """Load a tokenizer of a folder or hub id by `AutoTokenizer`, without running code from it.
+
+    `special` names tokens for `bos`, `eos` and `pad` that take the place of its own; those that it
+    has not get the next ids.
 
     Raises:
         UserError: if there is none, it has no fast form, or nothing ends a document.
@@ -258,10 +269,20 @@ def load_hf(path: str) -> Any:
             "with tokenizer.json, or the id of a model on the Hugging Face hub that this machine "
             "can reach."
         ) from None
-    special = special_ids(loaded)
     backend = backend_of(loaded)
-    bos, eos, pad = (str(backend.id_to_token(i)) for i in (special.bos, special.eos, special.pad))
-    return _wrap(backend, bos, eos, pad)
+    if special and "eos" in special:
+        loaded.eos_token = special["eos"]  # what it lacks is no error when it is given
+        backend.add_special_tokens([special["eos"]])
+    own = special_ids(loaded)
+    names = [str(backend.id_to_token(i)) for i in (own.bos, own.eos, own.pad)]
+    return _wrap_with(backend, names, special)
+
+
+def _wrap_with(backend: Tokenizer, own: list[str], special: Mapping[str, str] | None) -> Any:
+    """With the tokenizer's own BOS, EOS and padding, but for those that are given."""
+    chosen = dict(zip(("bos", "eos", "pad"), own, strict=True)) | dict(special or {})
+    backend.add_special_tokens(list(chosen.values()))  # those that are there keep their ids
+    return _wrap(backend, chosen["bos"], chosen["eos"], chosen["pad"])
 
 
 def _wrap(backend: Tokenizer, bos: str, eos: str, pad: str) -> Any:

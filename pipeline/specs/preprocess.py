@@ -87,6 +87,16 @@ class TokenizerSpec(Spec):
     vocab_size: int | None = Field(None, ge=260)
     # kind=gpt2: a folder with vocab.json and merges.txt; kind=hf: a folder or hub id.
     path: Annotated[str | None, NotIdentity] = None
+    # Special tokens of a loaded tokenizer, added where it lacks them; None: its own.
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The special tokens that are asked for, by `bos`, `eos` and `pad`."""
+        asked = {"bos": self.bos_token, "eos": self.eos_token, "pad": self.pad_token}
+        return {name: token for name, token in asked.items() if token is not None}
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> Self:
@@ -102,6 +112,11 @@ class TokenizerSpec(Spec):
         if self.kind != "bpe" and self.vocab_size is not None:
             raise ValueError(
                 f"tokenizer.vocab_size is for tokenizer=bpe; tokenizer={self.kind} brings its own"
+            )
+        if self.kind == "bpe" and self.special_tokens:
+            raise ValueError(
+                "tokenizer.bos_token, eos_token and pad_token are for a tokenizer that is loaded; "
+                "tokenizer=bpe has its own"
             )
         return self
 

@@ -14,6 +14,7 @@ class ModelSpec(Spec):
     """The model: a size from scratch, or a pretrained backbone; and its latents."""
 
     size: str | None = None
+    family: str = "gpt2"  # from scratch: which kind of backbone has that size
     # A folder or hub id of a pretrained decoder; its content is an input with a fingerprint.
     backbone: Annotated[str | None, NotIdentity] = None
     context: int = Field(512, gt=2)  # longest document in tokens; from scratch only
@@ -28,6 +29,10 @@ class ModelSpec(Spec):
     fusion_rank: int = Field(4, gt=0)
     fusion_residual: bool = True
     pooling: Literal["mean", "attention", "first_token"] = "attention"
+    # How attention is computed. auto: the backbone's own choice, scaled dot products as a rule.
+    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], NotIdentity] = (
+        "auto"
+    )
 
     @model_validator(mode="after")
     def _size_or_backbone(self) -> Self:
@@ -74,6 +79,16 @@ class BetaSpec(Spec):
         return self
 
 
+class LoraSpec(Spec):
+    """Low-rank updates of the backbone's matrices: W + alpha / rank · B A."""
+
+    rank: int = Field(8, gt=0)
+    alpha: int = Field(16, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    # Names of the matrices; None: the attention's that peft chooses for the family.
+    targets: list[str] | None = None
+
+
 class OptimizationSpec(Spec):
     """The optimisation of one run. Steps are optimizer steps; tokens include padding."""
 
@@ -94,6 +109,14 @@ class OptimizationSpec(Spec):
     adam_beta2: float = Field(0.98, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
+    # Make a layer's activations again in the backward pass: less memory for a third more work.
+    activation_checkpointing: Annotated[bool, NotIdentity] = False
+    # torch.compile of the model's blocks: the first steps take longer, the others less long.
+    compile: Annotated[bool, NotIdentity] = False
+    # all: every weight. latents: the parts that the latents have; the backbone stays as it is.
+    # lora: these, and low-rank updates of the backbone.
+    trainable: Literal["all", "latents", "lora"] = "all"
+    lora: LoraSpec = LoraSpec()
     beta: BetaSpec = BetaSpec()
     free_bits: float = Field(0.0, ge=0)  # nats per layer and document
     checkpoint_every: int = Field(500, gt=0)

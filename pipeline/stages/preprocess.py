@@ -166,15 +166,16 @@ def _tokenizer(
 ) -> Any:
     """Load or train the tokenizer, and save it; one trained before by a run cut short is kept."""
     marker = folder.parent / UNITS / "tokenizer.json"
-    wanted = digest({"kind": spec.kind, "versions": versions().get("tokenizers", "")})
+    made_by = versions().get("tokenizers", "")
+    wanted = digest({"kind": spec.kind, "special": spec.special_tokens, "versions": made_by})
     if marker.is_file() and marker.read_json()["key"] == wanted:
         kept = load_tokenizer(folder)
         if fingerprint_tokenizer(kept) == marker.read_json()["fingerprint"]:
             return kept
     if spec.kind == "gpt2":
-        tokenizer = load_gpt2(Location.parse(str(spec.path)))
+        tokenizer = load_gpt2(Location.parse(str(spec.path)), spec.special_tokens)
     elif spec.kind == "hf":
-        tokenizer = load_hf(str(spec.path))
+        tokenizer = load_hf(str(spec.path), spec.special_tokens)
     else:
         assert spec.vocab_size is not None
         texts = _training_texts(index, limits, shares, console)

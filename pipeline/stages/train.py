@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -11,12 +11,15 @@ from rich.table import Table
 from pipeline.cluster import connected, require_cpus, require_shared_storage, wants_gpu
 from pipeline.errors import UserError, user_error_within
 from pipeline.progress import Progress, ProgressMailbox, duration, followed
-from pipeline.shards import Dataset
+from pipeline.shards import Dataset, Split
 from pipeline.specs import TrainSpec
 from pipeline.storage import Location
 from pipeline.training.deepspeed_config import check_extra
 from pipeline.training.metrics import SUMMARY, read_rows
-from pipeline.training.model import Vocabulary, della_config
+from pipeline.training.model import Vocabulary, check_backbone_tokenizer, della_config
+
+if TYPE_CHECKING:
+    from della_model import DellaConfig
 
 RUN_NAME = "checkpoints"
 
@@ -68,21 +71,37 @@ def check_inputs(spec: TrainSpec, dataset_folder: Location) -> None:
     dataset = Dataset.open(dataset_folder)
     splits = [dataset.split("train")]
     splits += [dataset.split("valid")] if "valid" in dataset.split_names else []
-    config = della_config(spec, Vocabulary.of(dataset))
-    context = config.backbone.max_position_embeddings
+    check_backbone_tokenizer(spec, dataset)
+    config = della_config(spec, Vocabulary.of(dataset), splits[0].is_conditional)
     for split in splits:
-        if split.max_length > context:
+        check_context(split, config, from_scratch=spec.model.backbone is None)
+    batch_order(spec, splits[0])
+
+
+def check_context(split: Split, config: DellaConfig, from_scratch: bool) -> None:
+    """Check that the model can read every document of a split whole, and its source.
+
+    Raises:
+        UserError: naming the longest, and what to do.
+    """
+    wanted = {"document": (split.max_length, "corpus.max_tokens={}")}
+    if split.is_conditional and config.adapter.is_encoder_decoder:
+        wanted["source"] = (split.max_condition_length, "corpus.max_source_tokens={}")
+    elif split.is_conditional:
+        limits = "corpus.max_source_tokens and corpus.max_tokens that add up to {}"
+        wanted = {"document with its source": (split.max_pair_length, limits)}
+    for what, (longest, limit) in wanted.items():
+        if longest > config.context:
             remedy = (
-                f"set model.context={split.max_length}"
-                if spec.model.backbone is None
+                f"set model.context={longest}"
+                if from_scratch
                 else "use a backbone with a longer context"
             )
             raise UserError(
-                f"the longest document of the split '{split.name}' has {split.max_length:,} "
-                f"tokens, but the model's context is {context:,}: it cannot be read whole; "
-                f"{remedy}, or preprocess with corpus.max_tokens={context}."
+                f"the longest {what} of the split '{split.name}' has {longest:,} tokens, but the "
+                f"model's context is {config.context:,}: it cannot be read whole; {remedy}, or "
+                f"preprocess with {limit.format(config.context)}."
             )
-    batch_order(spec, splits[0])
 
 
 def build_trainer(
@@ -168,6 +187,7 @@ def _print_table(console: Console, figures: dict[str, Any]) -> None:
         f"{figures['num_parameters']:,}, of these for the latents "
         f"{figures['num_latent_parameters']:,}",
     )
+    table.add_row("parameters trained", f"{figures['num_trained_parameters']:,}")
     workers = f"{figures['num_workers']} on {figures['num_nodes']} node(s)"
     table.add_row("workers", workers)
     if figures["tokens_per_s"] is not None:

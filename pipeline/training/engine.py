@@ -11,7 +11,6 @@ from torch import nn
 
 from della_model import Della, Objective
 from pipeline.specs import TrainSpec
-from pipeline.training.deepspeed_config import deepspeed_config
 
 
 def prepare_process(cpus: int, use_gpu: bool) -> torch.device:
@@ -27,13 +26,12 @@ def prepare_process(cpus: int, use_gpu: bool) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def start_engine(spec: TrainSpec, model: Della, num_workers: int, accumulation: int) -> Any:
+def start_engine(spec: TrainSpec, model: Della, config: dict[str, Any]) -> Any:
     """Shard the model and its optimizer as the spec says; return a DeepSpeed engine.
 
-    The model is built whole in main memory first, also for ZeRO stage 3: DeepSpeed then moves and
-    shards it parameter by parameter, so a GPU never holds it whole. Building it under
-    `deepspeed.zero.Init` would shard each module as soon as it is made, before the model's own
-    initialisation, which reaches over several modules, has drawn their weights.
+    Under ZeRO stage 3 a pretrained backbone comes sharded (`pipeline.training.sharded`). A model
+    from scratch is built whole in main memory first, and DeepSpeed moves and shards it parameter by
+    parameter: its initialisation reaches over several modules, whose weights must be there.
 
     `torch.distributed` must be up. Nothing is compiled: gloo carries the collectives on CPU in
     place of DeepSpeed's shared-memory ones, and torch's AdamW the update.
@@ -51,7 +49,7 @@ def start_engine(spec: TrainSpec, model: Della, num_workers: int, accumulation: 
             lr=spec.train.learning_rate,
             betas=(spec.train.adam_beta1, spec.train.adam_beta2),
         ),
-        config=deepspeed_config(spec, num_workers, accumulation),
+        config=config,
         dist_init_required=False,
     )
     keep_grad_norm(engine)
@@ -75,9 +73,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Weight decay for matrices; none for biases, norms and other vectors."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if len(shape_of(p)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if len(shape_of(p)) < 2], "weight_decay": 0.0},
     ]
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """A parameter's shape, also of one that is sharded, which itself shows none."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
@@ -98,18 +102,29 @@ def full_state_dict(engine: Any, on_this_rank: bool) -> dict[str, torch.Tensor]:
     A collective call: every rank must make it. Ranks other than the one that keeps the weights
     hold one parameter at a time.
     """
-    from deepspeed.utils import safe_get_full_fp32_param
-
     model: Della = engine.module.model
     state: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        # bfloat16 weights have a float32 master, which the next update starts from.
-        full = safe_get_full_fp32_param(parameter)
-        if on_this_rank:
-            state[name] = (parameter.detach() if full is None else full).float().cpu().clone()
+        full = full_tensor(parameter, on_this_rank)
+        if full is not None:
+            state[name] = full
     if on_this_rank:
         state |= {name: buffer.cpu().clone() for name, buffer in persistent_buffers(model)}
     return state
+
+
+def full_tensor(parameter: nn.Parameter, on_this_rank: bool) -> torch.Tensor | None:
+    """One parameter whole, in float32 on the CPU; None on other ranks. A collective call."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    # bfloat16 weights have a float32 master, which the next update starts from; frozen ones none.
+    master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+    if master is not None:
+        return master.float().cpu().clone() if on_this_rank else None
+    gathered = [parameter] if hasattr(parameter, "ds_id") else []
+    with deepspeed.zero.GatheredParameters(gathered, enabled=bool(gathered)):
+        return parameter.detach().float().cpu().clone() if on_this_rank else None
 
 
 def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

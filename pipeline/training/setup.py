@@ -13,15 +13,27 @@ from pipeline.batches import BatchOrder, MicroBatch, Position, accumulation_step
 from pipeline.shards import Dataset, Split
 from pipeline.specs import TrainSpec
 from pipeline.storage import Location
-from pipeline.training.engine import prepare_process, start_engine
+from pipeline.training.deepspeed_config import deepspeed_config
+from pipeline.training.engine import prepare_process, shape_of, start_engine
 from pipeline.training.loader import Padding, Share, TrainLoader, validation_batches
 from pipeline.training.model import (
     Vocabulary,
     beta_schedule,
     build_model,
+    check_attention,
     count_steps,
     learning_rate_schedule,
 )
+from pipeline.training.trainable import set_trainable
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """How many numbers a model has."""
+
+    total: int
+    latent: int  # of the parts that exist for the latents
+    trained: int
 
 
 @dataclass(frozen=True)
@@ -40,8 +52,7 @@ class Run:
     beta: Callable[[int], float]
     learning_rate: Callable[[int], float]
     tokenizer_folder: Location
-    num_parameters: int
-    num_latent_parameters: int
+    parameters: ParameterCounts
 
     @property
     def num_layers(self) -> int:
@@ -70,13 +81,15 @@ def start_run(
 ) -> Run:
     """Open the data, build the model and shard it. A collective call."""
     device = prepare_process(spec.train.cpus_per_worker, use_gpu)
+    check_attention(spec.model.attention)
     dataset = Dataset.open(dataset_folder)
     split = dataset.split("train")
     order = batch_order(spec, split)
     vocabulary = Vocabulary.of(dataset)
-    model = build_model(spec, vocabulary)
     train = spec.train
     accumulation = accumulation_steps(train.batch_tokens, train.micro_batch_tokens, num_workers)
+    config = deepspeed_config(spec, num_workers, accumulation)
+    model = build_model(spec, vocabulary, split.is_conditional, config)
     share = Share(rank, num_workers, accumulation)
     padding = Padding(
         vocabulary.pad_id, model.config.num_latent_layers, model.config.latent_size, train.seed
@@ -87,10 +100,11 @@ def start_run(
             dataset.split("valid"), train.eval_documents, train.micro_batch_tokens, share, padding
         )
     total_steps = count_steps(spec, order)
-    parameters, latent = count_parameters(model)
+    set_trainable(model, train)
+    parameters = count_parameters(model)
     return Run(
         spec=spec,
-        engine=start_engine(spec, model, num_workers, accumulation),
+        engine=start_engine(spec, model, config),
         device=device,
         share=share,
         padding=padding,
@@ -101,12 +115,16 @@ def start_run(
         beta=beta_schedule(spec, total_steps),
         learning_rate=learning_rate_schedule(spec, total_steps),
         tokenizer_folder=dataset.tokenizer_folder,
-        num_parameters=parameters,
-        num_latent_parameters=latent,
+        parameters=parameters,
     )
 
 
-def count_parameters(model: Della) -> tuple[int, int]:
-    """All parameters, and those that exist for the latents: pooling, chain and fusions."""
-    latent = sum(p.numel() for module in model.latent_modules() for p in module.parameters())
-    return sum(p.numel() for p in model.parameters()), latent
+def count_parameters(model: Della) -> ParameterCounts:
+    """Count a model's parameters; tied ones once."""
+    latent = {id(p) for _, part in model.latent_parts() for p in part.parameters()}
+    sizes = [(id(p), shape_of(p).numel(), p.requires_grad) for p in model.parameters()]
+    return ParameterCounts(
+        total=sum(size for _, size, _ in sizes),
+        latent=sum(size for key, size, _ in sizes if key in latent),
+        trained=sum(size for *_, size, is_trained in sizes if is_trained),
+    )

@@ -277,7 +277,8 @@ class Reporter:
 
     def _export(self, name: str) -> None:
         target = self._output / "weights" / name
-        export_weights(self._run.engine, self._run.tokenizer_folder, target, self._is_first)
+        run = self._run
+        export_weights(run.engine, run.spec, run.tokenizer_folder, target, self._is_first)
 
     def _summary(self, state: RunState) -> dict[str, Any]:
         return {
@@ -286,8 +287,9 @@ class Reporter:
             "documents_seen": state.documents,
             "tokens_seen": state.tokens,
             "time_s": state.time_s,
-            "num_parameters": self._run.num_parameters,
-            "num_latent_parameters": self._run.num_latent_parameters,
+            "num_parameters": self._run.parameters.total,
+            "num_latent_parameters": self._run.parameters.latent,
+            "num_trained_parameters": self._run.parameters.trained,
             "num_workers": self._run.share.num_workers,
             "num_nodes": self._num_nodes,
             "best": state.best,

@@ -21,6 +21,7 @@ from pipeline.storage import Location
 from pipeline.training.loader import Padding, Share, TrainLoader
 from pipeline.training.model import Vocabulary, beta_schedule, build_model, learning_rate_schedule
 from pipeline.training.setup import batch_order
+from pipeline.training.trainable import set_trainable
 from tests.pipeline.train_data import small_dataset, train_spec
 
 pytestmark = pytest.mark.slow
@@ -102,36 +103,39 @@ def observe_gradients(engine: Any, found: dict[str, Any]) -> None:
             found["gradients"] = {
                 name: safe_get_full_grad(parameter).float().clone()
                 for name, parameter in engine.module.model.named_parameters()
+                if parameter.requires_grad
             }
         original()
 
     engine.step = step
 
 
-def plain_training(spec: TrainSpec, dataset: Dataset) -> dict[str, Any]:
+def plain_training(spec: TrainSpec, dataset: Dataset, num_steps: int = STEPS) -> dict[str, Any]:
     """The same steps without DeepSpeed, workers or accumulation."""
     split, vocabulary = dataset.split("train"), Vocabulary.of(dataset)
-    model = build_model(spec, vocabulary)
+    model = build_model(spec, vocabulary, split.is_conditional)
+    set_trainable(model, spec.train)
     objective = Objective(model, spec.train.free_bits)
     order = batch_order(spec, split)
     padding = Padding(vocabulary.pad_id, model.config.num_latent_layers, 5, spec.train.seed)
     loader = TrainLoader(split, order, Position(), Share(0, 1, 1), padding)
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    vectors = [p for p in trained if p.ndim < 2]
+    matrices = [p for p in trained if p.ndim >= 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
         betas=(0.9, 0.98),
     )
     beta, rate = beta_schedule(spec, 6), learning_rate_schedule(spec, 6)
     found: dict[str, Any] = {"loss": [], "norm": []}
-    for step in range(STEPS):
+    for step in range(num_steps):
         batch = loader.next().micro_batches[0]
-        loss, _ = objective(
-            batch.input_ids, batch.attention_mask, batch.noise, batch.document_weight, beta(step)
-        )
+        loss, _ = objective(**batch.arguments(torch.device("cpu")), beta=beta(step))
         loss.backward()
         if step == 0:
-            found["gradients"] = {n: p.grad.clone() for n, p in model.named_parameters()}
+            found["gradients"] = {
+                n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad
+            }
         found["norm"].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
