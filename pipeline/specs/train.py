@@ -128,6 +128,8 @@ class OptimizationSpec(Spec):
     cpus_per_worker: Annotated[int, NotIdentity] = Field(1, gt=0)
     use_gpu: Annotated[bool | Literal["auto"], NotIdentity] = "auto"
     max_failures: Annotated[int, NotIdentity] = Field(3, ge=-1)
+    # Updates in a row that may be left out, because their gradient is not finite.
+    max_skipped_steps: Annotated[int, NotIdentity] = Field(10, ge=0)
 
     @model_validator(mode="after")
     def _ends(self) -> Self:

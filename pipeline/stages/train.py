@@ -180,6 +180,10 @@ def _figures(output: Location) -> dict[str, Any]:
 def _print_table(console: Console, figures: dict[str, Any]) -> None:
     table = Table("training", "", title=None)
     table.add_row("steps, epochs", f"{figures['steps']:,}, {figures['epochs']:,}")
+    if figures["steps_skipped"]:
+        table.add_row(
+            "steps without an update", f"{figures['steps_skipped']:,}: gradient not finite"
+        )
     table.add_row("documents seen", f"{figures['documents_seen']:,}")
     table.add_row("tokens seen", f"{figures['tokens_seen']:,}")
     table.add_row(

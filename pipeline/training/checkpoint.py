@@ -33,6 +33,8 @@ class RunState:
     documents: int = 0  # seen so far, epoch after epoch
     tokens: int = 0  # predicted so far: neither padding nor BOS
     time_s: float = 0.0  # spent so far
+    skipped: int = 0  # of the steps, those without an update: their gradient was not finite
+    skipped_in_a_row: int = 0
     best: dict[str, Any] | None = None  # the validation row with the lowest negative ELBO
     last_valid: dict[str, Any] | None = None
 

@@ -57,14 +57,19 @@ def start_engine(spec: TrainSpec, model: Della, config: dict[str, Any]) -> Any:
 
 
 def keep_grad_norm(engine: Any) -> None:
-    """Make stage 0 in float32 keep the gradient's norm as the other stages do.
+    """Make stage 0 in float32 do with the gradient's norm what the other stages do.
 
-    DeepSpeed's own `clip_fp32_gradients` clips in the same way, but throws the norm away.
+    They keep it, and make no update when it is not finite. DeepSpeed's own `clip_fp32_gradients`
+    clips in the same way, but throws the norm away.
     """
 
     def clip() -> None:
-        norm = nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+        parameters = list(engine.module.parameters())
+        norm = nn.utils.clip_grad_norm_(parameters, engine.gradient_clipping())
         engine._global_grad_norm = norm
+        if not torch.isfinite(norm):
+            for parameter in parameters:  # without a gradient, an optimizer passes it over
+                parameter.grad = None
 
     engine.clip_fp32_gradients = clip
 
@@ -91,7 +96,10 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
 
 
 def grad_norm(engine: Any) -> float:
-    """Norm of the last update's gradient over all workers, before clipping."""
+    """Norm of the last step's gradient over all workers, before clipping.
+
+    The same on every worker. Where it is not finite, no worker has made an update.
+    """
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
 

@@ -76,8 +76,9 @@ def train(run: Run, state: RunState, reporter: Reporter) -> None:
     with closing(run.loader(state.position)) as loader:
         while state.step < run.total_steps:
             batch = meter.timed(loader)
-            train_step(run, state.step, batch, meter.sums)
-            state = _advanced(state, batch, time.monotonic() - started)
+            updated = train_step(run, state.step, batch, meter.sums)
+            state = _advanced(state, batch, updated, time.monotonic() - started)
+            reporter.require_updates(state)
             reporter.progress(state)
 
             is_last = state.step == run.total_steps
@@ -94,16 +95,26 @@ def train(run: Run, state: RunState, reporter: Reporter) -> None:
     reporter.export_last(state)
 
 
-def train_step(run: Run, step: int, batch: StepBatch, sums: Meter) -> None:
-    """One optimizer step: forward and backward for each micro-batch, then the update."""
+def train_step(run: Run, step: int, batch: StepBatch, sums: Meter) -> bool:
+    """One optimizer step: forward and backward for each micro-batch, then the update.
+
+    Where the gradient of any worker is not finite, no worker updates, and the step's sums do not
+    count. Returns whether there was an update: the same on every worker.
+    """
     set_learning_rate(run.engine, run.learning_rate(step))
     parts = run.share.num_workers * run.share.accumulation
+    found: list[dict[str, torch.Tensor]] = []
     for micro, micro_batch in enumerate(batch.micro_batches):
         torch.manual_seed(dropout_seed(run.spec.train.seed, step, run.share.rank, micro))
         loss, summed = run.engine(**micro_batch.arguments(run.device), beta=run.beta(step))
         run.engine.backward(loss)
         run.engine.step()  # updates after the last micro-batch
+        found.append(summed)
+    if not math.isfinite(grad_norm(run.engine)):
+        return False
+    for summed in found:
         sums.add(summed, loss_scale=batch.num_documents / parts)
+    return True
 
 
 @torch.no_grad()
@@ -123,9 +134,11 @@ def validate(run: Run, state: RunState) -> dict[str, Any]:
     return head | row | tail | {"took_s": time.monotonic() - started}
 
 
-def _advanced(state: RunState, batch: StepBatch, time_s: float) -> RunState:
+def _advanced(state: RunState, batch: StepBatch, updated: bool, time_s: float) -> RunState:
     return replace(
         state,
+        skipped=state.skipped + (not updated),
+        skipped_in_a_row=0 if updated else state.skipped_in_a_row + 1,
         step=state.step + 1,
         position=batch.next_position,
         documents=state.documents + batch.num_documents,
@@ -157,16 +170,15 @@ class StepMeter:
         self._steps += 1
         return batch
 
-    def row(self, state: RunState) -> dict[str, Any]:
+    def row(self, state: RunState) -> dict[str, Any] | None:
         """The row of metrics of the steps since the last one. A collective call.
 
-        Raises:
-            UserError: if the loss is no longer a finite number.
+        None where none of them made an update: they have no figures.
         """
         means = self.sums.reduced()
         took_s = max(time.perf_counter() - self._clock, 1e-9)
         last = state.step - 1  # the step that was made last
-        row = {
+        row: dict[str, Any] = {
             "kind": "train",
             "step": state.step,
             "epoch": state.position.epoch,
@@ -180,16 +192,11 @@ class StepMeter:
             "time_s": state.time_s,
             "documents_seen": state.documents,
             "tokens_seen": state.tokens,
+            "steps_skipped": state.skipped,
         }
         self._steps, self._waited_s = 0, 0.0
         self.restart_clock()
-        if not math.isfinite(row["loss"]):
-            raise UserError(
-                f"the loss is {row['loss']} at step {state.step}: training has diverged; lower "
-                f"train.learning_rate (now {self._run.spec.train.learning_rate:g}) or raise "
-                "train.warmup_steps."
-            )
-        return row
+        return row if means["num_documents"] else None
 
 
 class Reporter:
@@ -203,6 +210,7 @@ class Reporter:
         self._mailbox = mailbox if self._is_first else None
         self._log = MetricsLog(output, resume_step) if self._is_first else None
         self._resumed, self._sent_at = resume_step, 0.0
+        self._checkpoint_step = resume_step  # of the last checkpoint; 0: there is none
         self._num_nodes = count_nodes()
         self._notes: dict[str, Any] = {}
         self._row: dict[str, Any] = {}
@@ -217,8 +225,30 @@ class Reporter:
         resumed = {"resumed": self._resumed} if self._resumed else {}
         self._mailbox.send(state.step, **self._notes, **resumed)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Add a row to the record."""
+    def require_updates(self, state: RunState) -> None:
+        """Stop a run whose gradients stay infinite or NaN.
+
+        Raises:
+            UserError: naming the last good checkpoint.
+        """
+        options = self._run.spec.train
+        if state.skipped_in_a_row <= options.max_skipped_steps:
+            return
+        kept = "there is no checkpoint yet"
+        if self._checkpoint_step:
+            runs = self._output / ray.train.get_context().get_experiment_name()
+            kept = f"the last good checkpoint is {runs / checkpoint_name(self._checkpoint_step)}"
+        raise UserError(
+            f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to step "
+            f"{state.step} (train.max_skipped_steps={options.max_skipped_steps}): training has "
+            f"diverged; lower train.learning_rate (now {options.learning_rate:g}) or raise "
+            f"train.warmup_steps; {kept}."
+        )
+
+    def write(self, row: dict[str, Any] | None) -> None:
+        """Add a row to the record, where there is one."""
+        if row is None:
+            return
         if self._log is not None:
             self._log.write(row)
         self._row = row if row["kind"] == "train" else self._row
@@ -228,6 +258,8 @@ class Reporter:
             "KL": self._row.get("kl", math.nan),
             "β": self._row.get("beta", math.nan),
         }
+        if self._row.get("steps_skipped"):
+            self._notes["skipped"] = self._row["steps_skipped"]
 
     def validated(self, row: dict[str, Any], state: RunState) -> RunState:
         """Add a validation's row; the best weights so far are kept. A collective call."""
@@ -260,6 +292,7 @@ class Reporter:
                 checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
                 checkpoint_dir_name=checkpoint_name(state.step),
             )
+        self._checkpoint_step = state.step
 
     def export_last(self, state: RunState) -> None:
         """Leave the final weights and figures. A collective call."""
@@ -287,6 +320,7 @@ class Reporter:
             "documents_seen": state.documents,
             "tokens_seen": state.tokens,
             "time_s": state.time_s,
+            "steps_skipped": state.skipped,
             "num_parameters": self._run.parameters.total,
             "num_latent_parameters": self._run.parameters.latent,
             "num_trained_parameters": self._run.parameters.trained,

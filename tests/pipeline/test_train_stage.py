@@ -219,6 +219,21 @@ def test_run_user_error_in_a_worker_ends_the_run_at_once(tmp_path: Path) -> None
         run(train_spec(train__max_failures=3), dataset, Location.parse(tmp_path / "run"))
 
 
+@pytest.mark.slow
+def test_run_that_diverges_stops_and_names_its_last_checkpoint(tmp_path: Path) -> None:
+    dataset = small_dataset(tmp_path / "data", train=60, valid=0)
+    spec = train_spec(
+        train__max_steps=30,
+        train__learning_rate=1e30,
+        train__warmup_steps=0,
+        train__max_skipped_steps=3,
+        train__checkpoint_every=2,
+    )
+    sentence = r"not finite in 4 steps in a row.*train.learning_rate.*checkpoints/step-0000000\d\d"
+    with pytest.raises(UserError, match=sentence):
+        run(spec, dataset, Location.parse(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [

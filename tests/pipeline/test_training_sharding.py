@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -202,3 +204,51 @@ def test_bf16_any_stage_stays_finite_and_near_float32(
     for name, weight in found["weights"].items():
         assert weight.dtype == torch.float32, name
         assert torch.isfinite(weight).all(), name
+
+
+def training_with_and_without_a_nan(
+    rank: int, num_workers: int, spec: TrainSpec, folder: Location, result: Path
+) -> None:
+    """Two steps, twice; the second time with one between whose noise is NaN on one worker."""
+    found = [_two_steps(rank, num_workers, spec, folder, nan) for nan in (False, True)]
+    if rank == 0:
+        torch.save(found, result)
+
+
+def _two_steps(
+    rank: int, num_workers: int, spec: TrainSpec, folder: Location, nan: bool
+) -> dict[str, Any]:
+    from pipeline.training.engine import full_state_dict
+    from pipeline.training.meter import Meter
+    from pipeline.training.setup import start_run
+    from pipeline.training.worker import train_step
+
+    run = start_run(spec, folder, rank, num_workers, use_gpu=False)
+    loader, meter = run.loader(Position()), Meter(run.num_layers, run.device)
+    first, second = loader.next(), loader.next()
+    loader.close()
+    updated = [train_step(run, 0, first, meter)]
+    if nan:
+        poison = math.nan if rank == num_workers - 1 else 1.0
+        parts = tuple(replace(m, noise=m.noise * poison) for m in second.micro_batches)
+        updated.append(train_step(run, 1, replace(second, micro_batches=parts), meter))
+    updated.append(train_step(run, 1, second, meter))
+    weights = full_state_dict(run.engine, rank == 0)
+    return {"updated": updated, "row": meter.reduced(), "weights": weights}
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16")]
+)
+def test_step_with_a_nan_on_one_worker_is_left_out_by_all(
+    dataset: Dataset, tmp_path: Path, stage: int, precision: str
+) -> None:
+    spec = spec_of(deepspeed__zero_stage=stage, train__precision=precision)
+    result = tmp_path / "result.pt"
+    start_processes(training_with_and_without_a_nan, 2, spec, dataset.folder, result)
+    straight, skipped = torch.load(result)
+    assert straight["updated"] == [True, True]
+    assert skipped["updated"] == [True, False, True]
+    assert skipped["row"] == straight["row"]
+    for name, expected in straight["weights"].items():
+        assert torch.equal(skipped["weights"][name], expected), name
