@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from typing import Any
 
@@ -98,10 +99,16 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
 def grad_norm(engine: Any) -> float:
     """Norm of the last step's gradient over all workers, before clipping.
 
-    The same on every worker. Where it is not finite, no worker has made an update.
+    The same on every worker.
     """
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
+
+
+def made_update(engine: Any) -> bool:
+    """Whether the last step changed the weights: on no worker where the gradient is not finite."""
+    norm = engine.get_global_grad_norm()
+    return norm is None or math.isfinite(float(norm))
 
 
 def full_state_dict(engine: Any, on_this_rank: bool) -> dict[str, torch.Tensor]:

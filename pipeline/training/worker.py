@@ -23,7 +23,7 @@ from pipeline.training.checkpoint import (
     load_checkpoint,
     written_checkpoint,
 )
-from pipeline.training.engine import grad_norm, set_learning_rate
+from pipeline.training.engine import grad_norm, made_update, set_learning_rate
 from pipeline.training.export import copy_weights, export_weights
 from pipeline.training.loader import StepBatch, TrainLoader
 from pipeline.training.meter import Meter, perplexity
@@ -110,7 +110,7 @@ def train_step(run: Run, step: int, batch: StepBatch, sums: Meter) -> bool:
         run.engine.backward(loss)
         run.engine.step()  # updates after the last micro-batch
         found.append(summed)
-    if not math.isfinite(grad_norm(run.engine)):
+    if not made_update(run.engine):
         return False
     for summed in found:
         sums.add(summed, loss_scale=batch.num_documents / parts)
