@@ -53,8 +53,10 @@ def differences(planned: Planned, earlier: Artifact) -> Iterator[str]:
     """Each key and input whose value is another than in an earlier artifact, with both values."""
     before, now = flat(earlier.spec), flat(planned.spec.identity())
     for key, value in now.items():
-        if before.get(key) != value:
-            yield f"{key}: {_shown(before.get(key))} → {_shown(value)}"
+        if key not in before:  # written by a version that had no such key
+            yield f"{key}: not there → {_shown(value)}"
+        elif before[key] != value:
+            yield f"{key}: {_shown(before[key])} → {_shown(value)}"
     for name, fingerprint in planned.input_fingerprints.items():
         old = earlier.inputs.get(name)
         if old != fingerprint:
