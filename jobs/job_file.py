@@ -18,6 +18,7 @@ from jobs.entry import (
     choices,
     compose,
     override_value,
+    plain,
     trial_overrides,
 )
 from pipeline.errors import UserError, nearest
@@ -161,6 +162,9 @@ def _stage(
                     "${stage:NAME} or to a folder."
                 )
         options = {key: entry[key] for key in StageOptions.model_fields if key in entry}
+        given = [o for o in overrides if o.split("=")[0].split(".")[0] in StageOptions.model_fields]
+        spec_overrides = [o for o in overrides if o not in given]
+        options = plain(OmegaConf.merge(options, OmegaConf.from_dotlist(given)))
         settings = {
             key: value
             for key, value in entry.items()
@@ -172,7 +176,7 @@ def _stage(
 
         def spec_with(search: Location | None) -> Spec:
             first = trial_overrides(str(search)) if search is not None else []
-            composed = _stage_config(kind, settings, first, overrides)
+            composed = _stage_config(kind, settings, first, spec_overrides)
             composed["cluster"] = dict(cluster)
             return build_spec(kind.spec, composed, f"stage '{name}'")
 

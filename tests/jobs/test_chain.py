@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -95,6 +96,66 @@ def test_chain_with_another_key_reuses_what_does_not_depend_on_it(chain):
     assert states["figures"] == states["page"] == "to run"
 
 
+def test_chain_killed_at_every_stage_goes_on(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.txt", 300)
+    command = [
+        sys.executable, ROOT / "jobs" / "run.py", "job=demo", f"storage={tmp_path / 'runs'}",
+        "data.corpus=text", f"data.corpus.train={corpus}", *SMALL, "model.train.num_workers=1",
+    ]  # fmt: skip
+    for stage in ("data", "model", "figures", "page"):
+        driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+        for line in driver.stdout:
+            if line.startswith(f"[{stage}: ") and " in process " in line:
+                break
+        else:
+            pytest.fail(f"stage {stage} was never started")
+        child = int(line.split(" in process ")[1].split(",")[0].rstrip("]\n"))
+        driver.kill()
+        driver.wait()
+        driver.stdout.close()
+        # The stage ends with its driver, so that nothing runs on unseen.
+        psutil.wait_procs([psutil.Process(child)] if psutil.pid_exists(child) else [], timeout=40)
+        assert not psutil.pid_exists(child)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
+    artifact_of(done)
+    rows = [*(tmp_path / "runs" / "train").glob("*/metrics.jsonl")]
+    assert len(rows) == 1  # one folder: what was killed was gone on with
+    valid = [row["step"] for row in map(json.loads, rows[0].read_text().splitlines())
+             if row["kind"] == "valid"]  # fmt: skip
+    assert valid == [3, 6]
+
+
+def test_chain_cancelled_from_elsewhere_stops_and_goes_on(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.txt", 300)
+    command = [
+        sys.executable, ROOT / "jobs" / "run.py", "job=demo", f"storage={tmp_path / 'runs'}",
+        "data.corpus=text", f"data.corpus.train={corpus}", *SMALL, "model.train.num_workers=1",
+        "model.train.max_steps=100000",
+    ]  # fmt: skip
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    for line in driver.stdout:
+        if line.startswith("train") and "steps" in line:
+            break
+
+    def action(name):
+        return subprocess.run(
+            [*command, f"action={name}"],
+            cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200,
+        )  # fmt: skip
+
+    running = action("status").stdout
+    assert "running" in running
+    assert "steps/s" in running  # live, from another process
+    assert "asked process" in action("cancel").stdout
+    assert driver.wait(timeout=60) == 130
+    driver.stdout.close()
+    assert "cancelled" in action("status").stdout
+    assert "it goes on from what it left" in action("plan").stdout
+    assert "steps/s" in action("logs").stdout
+
+
 def test_chain_status_tells_what_ran(chain):
     folder, command, _ = chain
     done = run(*command, "action=status", cwd=folder)
@@ -170,8 +231,6 @@ def test_tune_finds_a_best_trial_that_train_takes(chain, tmp_path):
     settings = [
         f"dataset={dataset}", "storage=runs", "train.max_steps=4", "train.eval_every=2",
         "train.batch_tokens=512", "train.eval_documents=40", "model.context=64",
-        # Another Ray is up beside this one: see "Searching" in docs/operating.md.
-        "search.scheduler=none",
     ]  # fmt: skip
     search = artifact_of(run("tune", *settings, "num_trials=2", cwd=tmp_path))
     record = json.loads((search / "artifact.json").read_text())
@@ -181,7 +240,7 @@ def test_tune_finds_a_best_trial_that_train_takes(chain, tmp_path):
     assert all(trial["error"] is None for trial in trials)
     values = [trial["value"] for trial in trials]
     assert record["figures"]["best_value"] == min(values)
-    trained = artifact_of(run("train", *settings[:-1], f"from_trial={search}", cwd=tmp_path))
+    trained = artifact_of(run("train", *settings, f"from_trial={search}", cwd=tmp_path))
     spec = json.loads((trained / "artifact.json").read_text())["spec"]
     assert spec["train"]["learning_rate"] == pytest.approx(best["train.learning_rate"])
 

@@ -12,21 +12,63 @@ import time
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
 from pipeline.artifact import Artifact
+from pipeline.lease import holder_of
+from pipeline.stage_log import read_log
 from pipeline.storage import Location
+from tests.jobs.three_nodes import free_ports
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def s3():
+    """A real S3 server on loopback; yields the environment in which S3 means this server."""
+    (port,) = free_ports(1)
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        _make_bucket(server)
+        yield environment
+    server.terminate()
+    server.wait(timeout=30)
+
+
+def _make_bucket(server):
+    for _ in range(60):
+        assert server.poll() is None, "the S3 server has ended"
+        try:
+            filesystem, _ = fs.FileSystem.from_uri("s3://bucket/?allow_bucket_creation=true")
+            filesystem.create_dir("bucket")
+            return
+        except OSError:
+            time.sleep(0.5)  # it is not up yet
+    pytest.fail("the S3 server did not answer")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, s3):
     """A head and two more nodes; yields the environment of a client and the dashboard's address."""
     token = tmp_path_factory.mktemp("auth") / "token"
     token.write_text("0123456789abcdef0123456789abcdef")
     environment = {
         **os.environ,
+        **s3,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -78,27 +120,35 @@ def submit(cluster, *command):
     return done
 
 
-def test_submitted_chain_trains_on_three_nodes_and_its_artifacts_are_found(
-    cluster, corpus, tmp_path
-):
-    storage = tmp_path / "runs"
+def test_submitted_chain_on_three_nodes_keeps_all_on_s3(cluster, corpus):
+    storage = Location.parse("s3://bucket/runs")
+    (Location.parse("s3://bucket/corpus") / "train.txt").write_bytes(corpus.read_bytes())
     command = [
         "python", "jobs/run.py", "job=demo", f"storage={storage}",
-        "data.corpus=text", f"data.corpus.train={corpus}", "data.tokenizer.vocab_size=300",
-        "model.train.max_steps=4", "model.train.num_workers=3", "model.train.eval_every=2",
-        "model.train.checkpoint_every=2", "figures.evaluate.iw_samples=2",
+        "data.corpus=text", "data.corpus.train=s3://bucket/corpus/train.txt",
+        "data.tokenizer.vocab_size=300", "model.train.max_steps=4", "model.train.num_workers=3",
+        "model.train.eval_every=2", "model.train.checkpoint_every=2",
+        # A Ray job of its own among stages of the chain's process.
+        "figures.submit=true", "figures.evaluate.iw_samples=2", "figures.evaluate.max_documents=20",
+        "figures.evaluate.iw_curve_documents=0", "figures.evaluate.num_samples=2",
+        "figures.evaluate.num_reconstructions=2", "figures.evaluate.probe_documents=0",
+        "figures.evaluate.num_interpolations=0",
     ]  # fmt: skip
     done = submit(cluster, *command)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-6000:]
     assert "artifact: " in output
-    (training,) = (storage / "train").iterdir()
-    artifact = Artifact.load(Location.parse(training))
+    assert "figures: evaluate in Ray job demo-figures-" in output
+    (training,) = (storage / "train").children()
+    artifact = Artifact.load(training)
     assert artifact.status == "done"
     assert artifact.figures["num_workers"] == 3
     assert artifact.figures["num_nodes"] == 3
-    (page,) = (storage / "report").glob("*/report.html")
-    assert page.stat().st_size > 1000
+    (page,) = (storage / "report").children()
+    assert (page / "report.html").info().size > 1000
+    (figures,) = (storage / "evaluate").children()
+    assert "IW-NLL" in read_log(figures)
+    assert holder_of(figures) is None
 
 
 def test_submitted_job_with_storage_in_its_working_directory_is_refused(cluster):
