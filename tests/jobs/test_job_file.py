@@ -1,4 +1,4 @@
-"""A job's file: every mistake is one sentence with its place; a plan imports no Ray and no torch."""
+"""A job's file: every mistake is a sentence with its place; plans import no Ray and no torch."""
 
 from __future__ import annotations
 
