@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from jobs.entry import (
 from jobs.job_file import expand_arguments, job_from_config
 from pipeline.errors import UserError
 from pipeline.specs import EvaluateSpec, PreprocessSpec, TrainSpec, TuneSpec
+from tests.pipeline.chain_data import finished_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -170,3 +172,21 @@ def test_job_help_is_hydras_own(tmp_path):
     assert yaml.safe_load(done.stdout)["model"]["size"] == "tiny"
     assert list(tmp_path.iterdir()) == []
     assert CONF.is_dir()
+
+
+def test_job_multirun_runs_every_point_of_a_grid(tmp_path):
+    run = finished_run(tmp_path / "run")
+    done = subprocess.run(
+        [
+            sys.executable, ROOT / "jobs" / "report.py", "-m", f"training={run}", "title=A,B",
+            f"storage={tmp_path / 'runs'}",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("artifact: ") == 2
+    titles = {
+        json.loads(file.read_text())["spec"]["title"]
+        for file in (tmp_path / "runs" / "report").glob("*/artifact.json")
+    }
+    assert titles == {"A", "B"}
