@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from jobs.entry import (
     CONF,
@@ -164,7 +164,7 @@ def _stage(
         options = {key: entry[key] for key in StageOptions.model_fields if key in entry}
         given = [o for o in overrides if o.split("=")[0].split(".")[0] in StageOptions.model_fields]
         spec_overrides = [o for o in overrides if o not in given]
-        options = plain(OmegaConf.merge(options, OmegaConf.from_dotlist(given)))
+        options = plain(DictConfig(OmegaConf.merge(options, OmegaConf.from_dotlist(given))))
         settings = {
             key: value
             for key, value in entry.items()
