@@ -6,6 +6,8 @@ Exit codes: 0 done; 2 the user can put it right (one sentence, no traceback); 1 
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import re
 import sys
@@ -17,6 +19,7 @@ from typing import Any, TypeVar, get_origin
 import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -156,8 +159,38 @@ def compose(config_name: str, overrides: Sequence[str]) -> Config:
 
 
 def _composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose with hydra: its choice of files once a process, on a copy of that the plain values.
+
+    A job composes a config a stage, and most stages choose the same files.
+    """
+    opened = list(_opened(overrides))
+    values = [override for override in opened if _is_plain_value(override)]
+    chosen = tuple(override for override in opened if override not in values)
+    try:
+        config = copy.deepcopy(_chosen(config_name, chosen))
+        for override in OverridesParser.create().parse_overrides(values):
+            if override.is_sweep_override():
+                raise HydraException(f"{override.input_line} is a sweep")
+            OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+    except (HydraException, OmegaConfBaseException):
+        return _by_hydra_alone(config_name, opened)  # which says what is wrong
+    return config
+
+
+@functools.cache
+def _chosen(config_name: str, overrides: tuple[str, ...]) -> DictConfig:
+    return _by_hydra_alone(config_name, overrides)
+
+
+def _by_hydra_alone(config_name: str, overrides: Sequence[str]) -> DictConfig:
     with hydra.initialize_config_dir(version_base=None, config_dir=str(CONF)):
-        return hydra.compose(config_name, overrides=list(_opened(overrides)))
+        return hydra.compose(config_name, overrides=list(overrides))
+
+
+def _is_plain_value(override: str) -> bool:
+    """Whether an override sets a key, and neither picks a file nor adds or deletes."""
+    key, equals, _ = override.partition("=")
+    return bool(equals) and key[:1].isalpha() and "@" not in key and not (CONF / key).is_dir()
 
 
 def _opened(overrides: Sequence[str]) -> Iterator[str]:

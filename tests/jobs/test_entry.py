@@ -12,10 +12,13 @@ import yaml
 
 from jobs.entry import (
     CONF,
+    _by_hydra_alone,
+    _opened,
     build_spec,
     choices,
     compose,
     override_value,
+    plain,
     spec_values,
     trial_overrides,
 )
@@ -89,7 +92,7 @@ def test_conf_holds_no_default_that_the_specs_do_not():
         ("train", ["dataset=x", "model=tinny"], "did you mean 'tiny'?"),
         ("train", ["model=tiny"], "'dataset' has no value"),
         ("train", ["dataset=x", "model"], "not of the form key=value"),
-        ("run", [], "'job' has no value, but it is needed; job is one of: demo"),
+        ("run", [], "'job' has no value, but it is needed; job is one of: baselines, demo"),
         ("evaluate", ["weights=x"], "'dataset' has no value"),
         ("preprocess", ["tokeniser=bpe"], "did you mean 'tokenizer'?"),
     ],
@@ -190,3 +193,18 @@ def test_job_multirun_runs_every_point_of_a_grid(tmp_path):
         for file in (tmp_path / "runs" / "report").glob("*/artifact.json")
     }
     assert titles == {"A", "B"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["dataset=x", "model=small", "train.max_steps=3", 'storage="a b"', "train.beta.value=0.5"],
+        ["dataset=x", "experiment=paper", "model.latent_layers=[0,1]", "deepspeed=zero3"],
+        ["dataset=x", "train.max_steps=3", "deepspeed.extra={a: {b: 1}}", "deepspeed.extra.c=2"],
+        ["train.max_steps=3", "dataset=x", "train.max_steps=4", "model.backbone=null"],
+    ],
+)
+def test_compose_is_what_hydra_alone_composes(overrides):
+    expected = plain(_by_hydra_alone("train", list(_opened(overrides))))
+    assert compose("train", overrides) == expected
+    assert compose("train", overrides) == expected  # the second time from what was kept
