@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def _registered(file: Path) -> str:
     """The name by which hydra finds a job's file, wherever it lies."""
     if file.parent == CONF / "job":
         return file.stem
-    name = f"file-{file.stem}"
+    content = hashlib.sha256(file.read_bytes()).hexdigest()[:8]  # a changed file is another one
+    name = f"file-{file.stem}-{content}"
     ConfigStore.instance().store(group="job", name=name, node=OmegaConf.load(file))
     return name
 
