@@ -72,6 +72,7 @@ def _search(spec: TuneSpec, dataset: Location, output: Location, concurrent: int
 
     # Interrupted, we leave at once: Tune's own handler would return as if the search were over.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # its tables come even with verbose=0
     if spec_needs_evaluation(spec):  # its figures come with a trial's last report alone
         os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     # A driver waits for its workers: it takes no GPU.
