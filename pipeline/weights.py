@@ -33,24 +33,25 @@ _CHUNK_BYTES = 1 << 22
 def resolve_weights(folder: Location) -> Location:
     """Find the `from_pretrained` folder that `weights=FOLDER` means.
 
-    A training artifact means its best weights; a `from_pretrained` folder means itself.
+    A training artifact means its best weights, a search those of its best trial; a
+    `from_pretrained` folder means itself.
 
     Raises:
         UserError: if the folder is neither, or its training has left no weights yet.
     """
     artifact = Artifact.find(folder)
-    if artifact is not None and artifact.stage == "train":
+    if artifact is not None and artifact.stage in ("train", "tune"):
         best = folder / BEST
         if not (best / "config.json").is_file():
             raise UserError(
-                f"weights={folder} is a training run ({artifact.status}) without {BEST}: expected "
-                "weights that its validation has saved; run the training's command again first."
+                f"weights={folder} is a {artifact.stage} run ({artifact.status}) without {BEST}: "
+                "expected weights that its validation has saved; run its command again first."
             )
         return best
     if artifact is not None:
         raise UserError(
             f"weights={folder} is the artifact of the stage {artifact.stage}: expected one of "
-            "train, or a from_pretrained folder; give the folder that jobs/train.py printed."
+            "train or tune, or a from_pretrained folder; give what jobs/train.py printed."
         )
     if not (folder / "config.json").is_file():
         inner = next((n for n in ("best", "last") if (folder / n / "config.json").is_file()), None)
