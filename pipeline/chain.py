@@ -129,7 +129,8 @@ class Chain:
         """
         self._require_inputs()
         for stage in self._waiting:  # before anything starts
-            self._share(stage)
+            if not self._plans[stage.name].is_done or stage.name in self._selection.force:
+                self._share(stage)
         try:
             while self._waiting or self._running:
                 self._settle()

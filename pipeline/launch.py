@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from pipeline.stage_process import LIFELINE, REQUEST, Request
 _MODULE = "pipeline.stage_process"
 _STOP_S = 20.0  # for a stage to leave its record, before it is killed
 _ASK_EVERY_S = 1.0  # the Jobs API is asked over HTTP
+_PATIENCE_S = 120.0  # how long it may fail to answer
 
 
 class Started(Protocol):
@@ -148,6 +150,7 @@ class SubmittedStage:
         self.where = f"Ray job {self._id}"
         self._shown = 0
         self._asked = 0.0
+        self._answered = time.monotonic()
         self._code: int | None = None
 
     def lines(self) -> list[str]:
@@ -155,7 +158,7 @@ class SubmittedStage:
         if self._code is None and time.monotonic() - self._asked < _ASK_EVERY_S:
             return []
         self._asked = time.monotonic()
-        text = self._client.get_job_logs(self._id)[self._shown :]
+        text = self._answer(self._client.get_job_logs, "")[self._shown :]
         if self._code is None:
             text = text[: text.rfind("\n") + 1]
         self._shown += len(text)
@@ -164,11 +167,26 @@ class SubmittedStage:
     def poll(self) -> int | None:
         """Its driver's exit code, or None while it runs."""
         if self._code is None and time.monotonic() - self._asked >= _ASK_EVERY_S:
-            info = self._client.get_job_info(self._id)
-            if info.status.is_terminal():
+            info = self._answer(self._client.get_job_info, None)
+            if info is not None and info.status.is_terminal():
                 ended_well = {"SUCCEEDED": 0, "STOPPED": 130}
                 self._code = ended_well.get(str(info.status.value), info.driver_exit_code or 1)
         return self._code
+
+    def _answer(self, ask: Callable[[str], Any], otherwise: Any) -> Any:
+        """What the Jobs API says of the job; it may fail to answer for a while.
+
+        Raises:
+            RuntimeError, OSError: if it has not answered for `_PATIENCE_S`.
+        """
+        try:
+            answer = ask(self._id)
+        except (RuntimeError, OSError):  # requests' errors are OSErrors
+            if time.monotonic() - self._answered > _PATIENCE_S:
+                raise
+            return otherwise
+        self._answered = time.monotonic()
+        return answer
 
     def stop(self) -> None:
         """Stop the job; Ray kills it when it does not end."""
