@@ -37,6 +37,7 @@ def build_page(title: str, run: Artifact, figures: Artifact | None) -> dict[str,
     rows = read_metrics(run.folder)
     measured = figures.figures if figures is not None else {}
     return {
+        "kind": "run",
         "title": title,
         "run": _record(run),
         "evaluation": _record(figures) if figures is not None else None,
@@ -45,13 +46,14 @@ def build_page(title: str, run: Artifact, figures: Artifact | None) -> dict[str,
         "headline": _headline(measured) if measured else _last_validation(rows),
         "iw_samples": measured.get("iw_samples"),
         "counts": {k: measured[k] for k in _COUNTS if k in measured},
-        "curves": {key: curve for key in _CURVES if (curve := _curve(rows, key))},
+        "curves": curves_of(rows),
         "kl_per_layer_over_time": _layers_over_time(rows),
         "kl_per_layer": _layers(measured),
         "active_units": measured.get("active_units"),
         "latent_size": measured.get("latent_size"),
-        "samples": measured.get("samples", []),
-        "reconstructions": measured.get("reconstructions", []),
+        "notes": _notes(measured),
+        **{name: measured.get(name) for name in _MEASURED},
+        **{name: measured.get(name, []) for name in _TEXTS},
         "throughput": _throughput(rows, run),
         "training": _scalars(run.figures),
         "config": {
@@ -63,6 +65,19 @@ def build_page(title: str, run: Artifact, figures: Artifact | None) -> dict[str,
     }
 
 
+# What the page shows as the evaluation gives it.
+_MEASURED = (
+    "posterior_mean_variance",
+    "kl_per_dimension",
+    "iw_curve",
+    "probe",
+    "projection",
+    "generation",
+    "reconstruction",
+    "responses",
+    "paper_convention",
+)
+_TEXTS = ("samples", "reconstructions", "interpolations")
 _COUNTS = ("num_documents", "num_tokens", "num_words")
 _CURVES = (
     "loss",
@@ -138,6 +153,12 @@ def _verdict(figures: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"collapsed": collapse(figures) is not None, "sentence": verdict(figures)}
 
 
+def _notes(figures: Mapping[str, Any]) -> list[str]:
+    """What has to be said beside the figures."""
+    sentence = figures.get("aggregate_posterior", {}).get("sentence")
+    return [sentence] if sentence else []
+
+
 def _headline(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     errors = figures.get("standard_errors", {})
     return [
@@ -171,6 +192,11 @@ def _last_validation(rows: list[Row]) -> list[dict[str, Any]]:
         for name, label in LABELS.items()
         if valid[-1].get(name) is not None
     ]
+
+
+def curves_of(rows: list[Row]) -> dict[str, dict[str, list[list[float]]]]:
+    """Points [step, value] of every curve that a run recorded, by kind of row."""
+    return {key: curve for key in _CURVES if (curve := _curve(rows, key))}
 
 
 def _curve(rows: list[Row], key: str) -> dict[str, list[list[float]]]:

@@ -54,7 +54,7 @@ _STYLE: dict[str, Any] = {
 }
 _SIZE = (4.5, 2.7)  # inches; 324 points wide
 _NAMED_LAYERS = 4  # as many as a legend has room for beside the unit
-_MARKED_POINTS = 40  # of a curve with fewer, each point gets a dot
+MARKED_POINTS = 40  # of a curve with fewer, each point gets a dot
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,24 @@ class Line:
     marked: bool = False
 
 
+@dataclass(frozen=True)
+class Series:
+    """Figures by number of importance samples."""
+
+    label: str
+    samples: Sequence[int]
+    values: Sequence[float]
+    errors: Sequence[float | None]
+    color: str = VALID
+
+
 def curve_panel(name: str, curve: dict[str, list[list[float]]], unit: str) -> str:
     """A figure over optimizer steps, in training and in validation."""
     lines = []
     if "train" in curve:
         lines.append(Line("train", curve["train"], TRAIN, 1.3))
     if "valid" in curve:
-        marked = len(curve["valid"]) <= _MARKED_POINTS
+        marked = len(curve["valid"]) <= MARKED_POINTS
         lines.append(Line("valid", curve["valid"], VALID, 1.8, marked))
     return line_panel(name, lines, unit)
 
@@ -106,6 +117,34 @@ def line_panel(name: str, lines: Sequence[Line], unit: str) -> str:
         axes.xaxis.set_major_formatter(EngFormatter(sep="", places=None))
         _finish_y(axes, unit)
         if len(lines) > 1:
+            _legend(axes)
+        return _svg(figure, name)
+
+
+def samples_panel(name: str, series: Sequence[Series], unit: str) -> str:
+    """Figures over the number of importance samples, with their errors; logarithmic in it."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes()
+        for one in series:
+            axes.errorbar(
+                one.samples,
+                one.values,
+                yerr=None if any(error is None for error in one.errors) else one.errors,
+                color=one.color,
+                linewidth=1.6,
+                marker="o",
+                markersize=3.5,
+                elinewidth=1,
+                capsize=2.5,
+                label=one.label or "_",
+            )
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        ticks = sorted({count for one in series for count in one.samples})
+        axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
+        axes.set_xlabel("importance samples a document")
+        _finish_y(axes, unit)
+        if len(series) > 1:
             _legend(axes)
         return _svg(figure, name)
 

@@ -12,8 +12,21 @@ import jinja2
 from markupsafe import Markup
 
 from pipeline.evaluation.figures import shown
+from pipeline.evaluation.table import TEXT_LABELS
 from pipeline.progress import duration
-from pipeline.report.plots import VALID, bar_panel, curve_panel, layer_color, layers_panel
+from pipeline.report.plots import (
+    MARKED_POINTS,
+    VALID,
+    Line,
+    Series,
+    bar_panel,
+    curve_panel,
+    layer_color,
+    layers_panel,
+    line_panel,
+    samples_panel,
+)
+from pipeline.report.vector import heat_map, scatter
 
 _FOLDER = Path(__file__).parent
 _NATS = "nats a document"
@@ -28,20 +41,54 @@ _PANELS = {
     "tokens_per_s": ("Throughput", "tokens/s"),
     "grad_norm": ("Gradient norm", "before clipping"),
 }
+_SECTIONS = {
+    "figures": "Figures",
+    "training": "Training",
+    "latents": "Latents",
+    "samples": "Samples",
+    "reconstructions": "Reconstructions",
+    "interpolations": "Interpolations",
+    "throughput": "Throughput",
+    "data": "Data",
+    "config": "Config",
+    "versions": "Versions",
+}
 _ACTIVE_COLORS = {"0.01": VALID, "0.2": layer_color(2, 4)}
 
 
 def as_html(page: dict[str, Any]) -> str:
     """The page as one HTML file that refers to nothing outside of it."""
-    return template("template.html.jinja", autoescape=True).render(
-        page=page, training_panels=list(_training_panels(page)), latent_panels=list(_latents(page))
-    )
+    panels = _comparison_panels if page["kind"] == "comparison" else _run_panels
+    form = template(f"{page['kind']}.html.jinja", autoescape=True)
+    return form.render(page=page, **panels(page), **_tables(page))
 
 
 def as_markdown(page: dict[str, Any]) -> str:
     """The page as Markdown, without plots."""
-    text = template("template.md.jinja", autoescape=False).render(page=page)
+    text = template(f"{page['kind']}.md.jinja", autoescape=False).render(
+        page=page, **_tables(page)
+    )
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _run_panels(page: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "training_panels": list(_training_panels(page)),
+        "latent_panels": list(_latents(page)),
+        "sections": [
+            (name, title)
+            for name, title in _SECTIONS.items()
+            if name != "interpolations" or page["interpolations"]
+        ],
+    }
+
+
+def _tables(page: dict[str, Any]) -> dict[str, Any]:
+    """What both forms of a page ask for beside its content."""
+    generation = page.get("generation") or {}
+    titles = {"samples": "samples", "real": "real documents"}
+    columns = [(titles[name], generation[name]) for name in titles if name in generation]
+    return {"text_labels": TEXT_LABELS, "generation_columns": columns}
 
 
 def template(name: str, autoescape: bool) -> jinja2.Template:
@@ -119,7 +166,76 @@ def _latents(page: dict[str, Any]) -> Iterator[dict[str, Any]]:
         size = page["latent_size"]
         svg = bar_panel("Active units of each layer", groups, f"of {size}, by variance", None, size)
         yield _panel("Active units of each layer", svg)
+    if page["posterior_mean_variance"]:
+        title = "Variance of each dimension's posterior mean"
+        yield _panel(title, heat_map(title, page["posterior_mean_variance"], "variance"))
+    if page["probe"]:
+        rows = page["probe"]["layers"]
+        colors = [layer_color(layer, len(rows)) for layer in range(len(rows))]
+        values = [("swapped", [row["token_kl"] for row in rows], colors)]
+        errors = [row["token_kl_error"] for row in rows]
+        title = "Latent of one layer swapped"
+        yield _panel(title, bar_panel(title, values, "nats a token", errors))
+    if page["iw_curve"]:
+        points = page["iw_curve"]["points"]
+        series = Series(
+            "",
+            [point["samples"] for point in points],
+            [point["gap"] for point in points],
+            [point["gap_error"] for point in points],
+        )
+        title = "Gap between −ELBO and IW-NLL"
+        yield _panel(title, samples_panel(title, [series], _NATS))
+    if page["projection"]:
+        title = "Latent space"
+        drawn = scatter(title, page["projection"]["points"], page["projection"]["shares"])
+        yield _panel(title, drawn)
 
 
 def _panel(title: str, svg: str) -> dict[str, Any]:
     return {"title": title, "svg": Markup(svg)}
+
+
+def _comparison_panels(page: dict[str, Any]) -> dict[str, Any]:
+    """Curves of all runs over each other, and their latents side by side."""
+    count = len(page["runs"])
+    colors = [layer_color(index, max(count, 2)) for index in range(count)]
+    letters = [run["letter"] for run in page["runs"]]
+    training = []
+    for key, (title, unit) in _PANELS.items():
+        curves = page["curves"].get(key, {})
+        lines = [
+            Line(letter, curves[letter], color, 1.6, len(curves[letter]) <= MARKED_POINTS)
+            for letter, color in zip(letters, colors, strict=True)
+            if letter in curves
+        ]
+        if lines:
+            training.append(_panel(title, line_panel(title, lines, unit)))
+    latents = []
+    for key, title, unit in (
+        ("kl_per_layer", "KL of each layer", _NATS),
+        ("active_units", "Active units of each layer, above 0.01", ""),
+    ):
+        rows = [(letter, page[key][letter]) for letter in letters if page[key].get(letter)]
+        longest = max((len(values) for _, values in rows), default=0)
+        groups = [
+            (letter, [*values, *[0.0] * (longest - len(values))], colors[letters.index(letter)])
+            for letter, values in rows
+        ]
+        if groups:
+            latents.append(_panel(title, bar_panel(title, groups, unit)))
+    series = [
+        Series(
+            letter,
+            [point["samples"] for point in page["iw_curve"][letter]["points"]],
+            [point["gap"] for point in page["iw_curve"][letter]["points"]],
+            [point["gap_error"] for point in page["iw_curve"][letter]["points"]],
+            color,
+        )
+        for letter, color in zip(letters, colors, strict=True)
+        if page["iw_curve"].get(letter)
+    ]
+    if series:
+        title = "Gap between −ELBO and IW-NLL"
+        latents.append(_panel(title, samples_panel(title, series, _NATS)))
+    return {"training_panels": training, "latent_panels": latents, "colors": colors}

@@ -1,11 +1,15 @@
-"""What the report stage does: one page of one training run and its evaluation."""
+"""What the report stage does: the page of one run, or several runs side by side."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pipeline.specs.base import Spec
 
 
 class ReportSpec(Spec):
-    """One page. Its inputs are a training artifact and the evaluations of its weights."""
+    """One page. Its inputs are a training and its evaluation, or the evaluations to compare."""
 
     title: str = "DELLA"
+    # Runs beside what the literature reports on this corpus.
+    paper: Literal["yelp", "yahoo", "ptb", "snli"] | None = None

@@ -1,4 +1,4 @@
-"""The report stage: the page of a training run and of the evaluation of its weights."""
+"""The report stage: the page of a training run and its evaluation, or of several side by side."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.artifact import Artifact
+from pipeline.artifact import Artifact, listed
 from pipeline.errors import UserError
+from pipeline.report.comparison import build_comparison
 from pipeline.report.page import build_page
 from pipeline.report.render import as_html, as_markdown
 from pipeline.specs import ReportSpec
@@ -17,29 +18,54 @@ HTML, MARKDOWN, JSON = "report.html", "report.md", "report.json"
 
 
 def run_report(spec: ReportSpec, inputs: dict[str, Location], output: Location) -> dict[str, Any]:
-    """Write the page of `inputs["training"]` and, when it is there, of `inputs["figures"]`.
+    """Write the page of `inputs["training"]` and its `figures`, or of the evaluations `runs`.
 
     Writes `report.html` (self-contained, no network), and the same content as `report.md` and
     `report.json`.
 
     Returns:
-        The headline figures of the page, by name, and whether the latents are collapsed.
+        The headline figures of the page, by name, and whether the latents are collapsed; of a
+        comparison, a list of them.
 
     Raises:
-        UserError: if an input is no artifact of its stage, or they are not of the same weights.
+        UserError: if an input is no artifact of its stage, or they do not belong together.
     """
-    if "training" not in inputs:
-        raise UserError("report: 'training' has no value, but it is needed; set training=...")
-    training = Artifact.load(inputs["training"])
-    figures = Artifact.load(inputs["figures"]) if "figures" in inputs else None
-    page = build_page(spec.title, training, figures)
+    runs = [Artifact.load(folder) for folder in listed(inputs, "runs")]
+    _check_inputs(spec, inputs, runs)
+    if runs:
+        page = build_comparison(spec.title, runs, spec.paper)
+        figures = _comparison_figures(page)
+    else:
+        training = Artifact.load(inputs["training"])
+        evaluation = Artifact.load(inputs["figures"]) if "figures" in inputs else None
+        page = build_page(spec.title, training, evaluation)
+        verdict = page["verdict"]
+        figures = {
+            "headline": {figure["name"]: figure["value"] for figure in page["headline"]},
+            "collapsed": verdict["collapsed"] if verdict else None,
+        }
     (output / JSON).write_json(page)
     (output / MARKDOWN).write_bytes(as_markdown(page).encode())
     (output / HTML).write_bytes(as_html(page).encode())
     Console().print(f"report: {output / HTML}", soft_wrap=True, highlight=False, markup=False)
-    verdict = page["verdict"]
-    return {
-        "headline": {figure["name"]: figure["value"] for figure in page["headline"]},
-        "collapsed": verdict["collapsed"] if verdict else None,
-        "page": HTML,
-    }
+    return figures | {"page": HTML}
+
+
+def _check_inputs(spec: ReportSpec, inputs: dict[str, Location], runs: list[Artifact]) -> None:
+    if runs and ("training" in inputs or "figures" in inputs):
+        raise UserError(
+            "report: runs= compares several runs and training= shows one, but both were given: "
+            "give one of them."
+        )
+    if not runs and spec.paper is not None:
+        raise UserError(
+            f"report: paper={spec.paper} sets evaluations beside the literature, but runs= names "
+            "none: give runs=[FOLDER]."
+        )
+    if not runs and "training" not in inputs:
+        raise UserError("report: 'training' has no value, but it is needed; set training=...")
+
+
+def _comparison_figures(page: dict[str, Any]) -> dict[str, Any]:
+    rows = {row["name"]: [cell["value"] for cell in row["cells"]] for row in page["figures"]}
+    return {"headline": rows, "collapsed": [run["collapsed"] for run in page["runs"]]}

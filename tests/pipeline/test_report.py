@@ -119,26 +119,82 @@ def write_run(folder: Path, rows: int = 12) -> Location:
     return run
 
 
-def write_figures(folder: Path, weights: str = RUN, **values: Any) -> Location:
-    figures: dict[str, Any] = {
-        "reconstruction_nll": 38.7712,
-        "kl": 1.5,
-        "negative_elbo": 40.2712,
-        "iw_nll": 39.5,
-        "ppl_token": 12.25,
-        "ppl_word": None,
-        "ppl_token_elbo": 13.5,
-        "kl_per_layer": [1.0, 0.5],
-        "active_units": {"0.01": [3, 1], "0.2": [2, 0]},
-        "latent_size": 5,
-        "iw_samples": 20,
-        "num_documents": 100,
-        "num_tokens": 1500,
-        "num_words": 0,
-        "standard_errors": {"reconstruction_nll": 0.2134, "kl": 0.01, "kl_per_layer": [0.1, 0.1]},
-        "samples": [TRICKY, "", "a plain sentence"],
-        "reconstructions": [{"source": TRICKY, "reconstruction": "the dog"}],
-    }
+FIGURES: dict[str, Any] = {
+    "reconstruction_nll": 38.7712,
+    "kl": 1.5,
+    "negative_elbo": 40.2712,
+    "iw_nll": 39.5,
+    "ppl_token": 12.25,
+    "ppl_word": None,
+    "ppl_token_elbo": 13.5,
+    "kl_per_layer": [1.0, 0.5],
+    "active_units": {"0.01": [3, 1], "0.2": [2, 0]},
+    "latent_size": 5,
+    "iw_samples": 20,
+    "num_documents": 100,
+    "num_tokens": 1500,
+    "num_words": 0,
+    "standard_errors": {"reconstruction_nll": 0.2134, "kl": 0.01, "kl_per_layer": [0.1, 0.1]},
+    "samples": [TRICKY, "", "a plain sentence"],
+    "reconstructions": [{"source": TRICKY, "reconstruction": "the dog"}],
+}
+_OF_TEXTS = {
+    "bleu": 21.5,
+    "self_bleu": 30.25,
+    "distinct_1": 0.4,
+    "divergence_2": 0.31,
+    "standard_errors": {"bleu": 1.25, "self_bleu": 2.0, "distinct_1": None, "divergence_2": None},
+}
+_PROBED = {"token_kl": 0.25, "token_kl_error": 0.02, "logit_change": 0.5, "nll": 1.0}
+_REBUILT = {"bleu": 50.0, "exact_match": 0.125, "edit_distance": 0.5}
+# What an evaluation with all its measurements has beside these.
+WHOLE: dict[str, Any] = FIGURES | {
+    "elbo_gap": 0.77,
+    "mutual_information": 1.25,
+    "aggregate_posterior": {"log_documents": 4.6, "saturated": False, "sentence": "Beware <MI>."},
+    "kl_per_dimension": [[0.2] * 5, [0.1] * 5],
+    "posterior_mean_variance": [[0.5, 0.3, 0.02, 0.001, 0.0], [0.05, 0.001, 0.0, 0.0, 0.0]],
+    "iw_curve": {
+        "num_documents": 50,
+        "negative_elbo": 40.0,
+        "points": [
+            {"samples": k, "iw_nll": 40 - k / 500, "error": 0.5, "gap": k / 500, "gap_error": 0.01}
+            for k in (1, 10, 100, 1000)
+        ],
+    },
+    "probe": {"num_documents": 9, "layers": [_PROBED, _PROBED], "all_layers": _PROBED},
+    "projection": {
+        "points": [[0.1 * i, (-1) ** i * 0.2 * i, 5 + i % 7] for i in range(60)],
+        "shares": [0.6, 0.2],
+    },
+    "paper_convention": {
+        "kl": 0.75,
+        "negative_elbo": 39.5,
+        "ppl": 11.5,
+        "standard_errors": {"kl": 0.01, "negative_elbo": 0.2, "ppl": 0.3},
+        "sentence": "These are no bounds.",
+    },
+    "generation": {
+        "num_samples": 50,
+        "num_references": 50,
+        "samples": _OF_TEXTS,
+        "real": _OF_TEXTS,
+    },
+    "reconstruction": {
+        "num_documents": 60,
+        **_REBUILT,
+        "standard_errors": dict.fromkeys(_REBUILT, 0.03),
+    },
+    "interpolations": [
+        {"from": TRICKY, "to": "the end", "texts": [f"{TRICKY} {i}" for i in range(7)]}
+    ],
+}
+
+
+def write_figures(
+    folder: Path, weights: str = RUN, *, whole: bool = False, **values: Any
+) -> Location:
+    figures = WHOLE if whole else FIGURES
     location = Location.parse(folder / "figures")
     inputs = {"weights": weights, "dataset": "cd" * 32}
     started = "2026-01-02T05:00:00+00:00"
@@ -284,3 +340,27 @@ def test_layers_of_any_number_are_drawn(num_layers: int) -> None:
     curves = [[[1.0, 2.0], [2.0, 1.0 + layer]] for layer in range(num_layers)]
     svg = layers_panel("KL", curves, "nats")
     assert svg.count("layer ") == (0 if num_layers == 1 else min(num_layers, 4))
+
+
+def test_whole_evaluation_is_shown(tmp_path: Path) -> None:
+    inputs = {"training": write_run(tmp_path), "figures": write_figures(tmp_path, whole=True)}
+    _, page, markdown, content = report(inputs, tmp_path / "out")
+    assert set(page.ids) >= {*SECTIONS, "interpolations"}
+    assert page.tags.count("svg") == 14
+    assert page.tags.count("circle") >= 60
+    texts = " ".join(" ".join(page.texts).split())
+    for shown in ("Beware <MI>.", "21.5 ± 1.2", "real documents", "In the paper's convention"):
+        assert shown in texts
+    assert "layer 0, dimension 1: 0.3" in texts  # what a cell of the heat map tells
+    assert texts.count(TRICKY) == 3 + 1 + 7
+    for row in ("| 1,000 | 38.00 | 0.50 | 2.000 | 0.010 |", "| Self\\-BLEU | 30.25 | 30.25 |"):
+        assert row in markdown
+    assert "| all | 0.250 | 0.020 | 0.5 |" in markdown
+    assert content["projection"]["shares"] == [0.6, 0.2]
+    assert all(reference.startswith("#") for reference in page.references)
+
+
+def test_page_links_to_its_sections(made: Any) -> None:
+    _, page, _, _ = made
+    linked = {reference[1:] for reference in page.references if reference[1:] in SECTIONS}
+    assert linked == SECTIONS
