@@ -65,9 +65,7 @@ def as_html(page: dict[str, Any]) -> str:
 
 def as_markdown(page: dict[str, Any]) -> str:
     """The page as Markdown, without plots."""
-    text = template(f"{page['kind']}.md.jinja", autoescape=False).render(
-        page=page, **_tables(page)
-    )
+    text = template(f"{page['kind']}.md.jinja", autoescape=False).render(page=page, **_tables(page))
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
@@ -167,7 +165,7 @@ def _latents(page: dict[str, Any]) -> Iterator[dict[str, Any]]:
         svg = bar_panel("Active units of each layer", groups, f"of {size}, by variance", None, size)
         yield _panel("Active units of each layer", svg)
     if page["posterior_mean_variance"]:
-        title = "Variance of each dimension's posterior mean"
+        title = "Variance of posterior means"
         yield _panel(title, heat_map(title, page["posterior_mean_variance"], "variance"))
     if page["probe"]:
         rows = page["probe"]["layers"]
