@@ -41,12 +41,15 @@ lint: setup
 fast: setup
 	$(RUN) -m pytest -m "not slow"
 
-bench: setup  ## Benchmarks' tables: make bench TEXT=FILE TOKENIZER=FOLDER (about 30 minutes)
+bench: setup  ## Benchmarks' tables: make bench TEXT=FILE TOKENIZER=FOLDER (about an hour)
 	@test -n "$(TEXT)" -a -n "$(TOKENIZER)" || { echo "make bench measures on real text: give \
 	TEXT=FILE (a document a line) and TOKENIZER=FOLDER (GPT-2's vocab.json and merges.txt)" >&2; exit 2; }
 	PYTHONPATH=. $(RUN) benchmarks/preprocess.py --text $(TEXT) --tokenizer $(TOKENIZER)
 	PYTHONPATH=. $(RUN) benchmarks/step_time.py --text $(TEXT) --tokenizer $(TOKENIZER)
 	PYTHONPATH=. $(RUN) benchmarks/training_overhead.py --text $(TEXT)
+	$(RUN) benchmarks/evaluation.py likelihood --text $(TEXT) --tokenizer $(TOKENIZER) --documents 300
+	$(RUN) benchmarks/evaluation.py information
+	$(RUN) benchmarks/evaluation.py workers --text $(TEXT) --tokenizer $(TOKENIZER) --draws 10
 
 constraints: setup  ## Write constraints.txt from what .venv holds
 	$(VENV)/bin/pip freeze | sed 's/+cpu$$//' > constraints.txt
