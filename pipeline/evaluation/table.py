@@ -13,7 +13,7 @@ from rich.text import Text
 from pipeline.evaluation.figures import LABELS, collapse, shown
 
 TEXT_LABELS = {
-    "bleu": "BLEU against real documents",
+    "bleu": "BLEU",
     "self_bleu": "Self-BLEU",
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
@@ -113,7 +113,7 @@ def _print_text_figures(figures: Mapping[str, Any], console: Console) -> None:
     made = figures.get("reconstruction")
     if made:
         line = ", ".join(
-            f"{TEXT_LABELS[key] if key != 'bleu' else 'BLEU'} {shown(made[key], None)[0]}"
+            f"{TEXT_LABELS[key]} {shown(made[key], None)[0]}"
             for key in ("bleu", "exact_match", "edit_distance")
         )
         console.print(f"{made['num_documents']} reconstructions: {line}")
