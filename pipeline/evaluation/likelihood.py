@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 def document_figures(model: Della, batch: Batch, settings: EvaluationSpec) -> Arrays:
     """Figures of a batch's documents from K = `iw_samples` draws each, a row a document.
 
+    Without latents all draws would be the same: there is one.
+
     - reconstruction_nll, kl_per_layer, kl_per_dimension: means over the draws, nats.
     - iw_nll: −log 1/K Σ_k w_k.
     - paper_iw_nll: the same with log-densities averaged over layers, which is no bound.
@@ -34,6 +36,7 @@ def document_figures(model: Della, batch: Batch, settings: EvaluationSpec) -> Ar
     from della_model import iw_nll_of_weights
 
     layers, size = model.config.num_latent_layers, model.config.latent_size
+    num_draws = settings.iw_samples if layers else 1
     with torch.inference_mode():
         batch = batch.read_by(model)
         features = features_of(model, batch)
@@ -41,24 +44,22 @@ def document_figures(model: Della, batch: Batch, settings: EvaluationSpec) -> Ar
         sums = torch.zeros(len(batch.places), layers, size, dtype=torch.float64).to(features.device)
         nll, log_ratio = [], []
         first: ImportanceSamples | None = None
-        for samples in importance_chunks(model, batch, features, settings.iw_samples, settings):
+        for samples in importance_chunks(model, batch, features, num_draws, settings):
             first = first or samples
             nll.append(samples.reconstruction_nll)
             log_ratio.append(samples.log_ratio_per_layer)
             sums += samples.sample.kl_per_dimension.double().sum(0)
         assert first is not None
         reconstruction_nll, log_ratios = torch.cat(nll), torch.cat(log_ratio)
-        kl = sums / settings.iw_samples
+        kl = sums / num_draws
         averaged = log_ratios.mean(-1) if layers else log_ratios.sum(-1)
         latents = first.sample.latents[0]
         found = {
             "reconstruction_nll": reconstruction_nll.mean(0),
             "kl_per_layer": kl.sum(-1),
             "kl_per_dimension": kl.float(),
-            "iw_nll": iw_nll_of_weights(
-                log_ratios.sum(-1) - reconstruction_nll, settings.iw_samples
-            ),
-            "paper_iw_nll": iw_nll_of_weights(averaged - reconstruction_nll, settings.iw_samples),
+            "iw_nll": iw_nll_of_weights(log_ratios.sum(-1) - reconstruction_nll, num_draws),
+            "paper_iw_nll": iw_nll_of_weights(averaged - reconstruction_nll, num_draws),
             "num_predicted": batch.inputs["attention_mask"].sum(-1) - 1,
             "posterior_means": means.latents,
             "latents": latents,

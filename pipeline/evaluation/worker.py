@@ -36,15 +36,15 @@ def plan_blocks(
 ) -> dict[str, list[Block]]:
     """The blocks of each measurement that is asked for and that this model has.
 
-    A model without latents has nothing to probe, and its texts need no posterior.
+    A model without latents has one bound, nothing to probe, and nothing to reconstruct from.
     """
     counts = {
         "documents": num_documents,
-        "curve": min(settings.iw_curve_documents, num_documents),
         "samples": settings.num_samples,
     }
     if config.num_latent_layers:
         counts |= {
+            "curve": min(settings.iw_curve_documents, num_documents),
             "probe": min(settings.probe_documents, num_documents) if num_documents > 1 else 0,
             "reconstructions": min(settings.num_reconstructions, num_documents),
             # Two documents of different sources have no text between them.

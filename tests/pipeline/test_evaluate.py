@@ -355,6 +355,25 @@ def test_paid_but_unused_latents_are_reported_as_collapsed() -> None:
     assert "1 of 10 dimensions" in verdict(figures | {"latent_size": LATENT_SIZE})
 
 
+@pytest.mark.parametrize(("latents", "num_layers"), [("none", 0), ("single", 1)])
+def test_baselines_are_evaluated_for_what_they_have(
+    tmp_path: Path, dataset: Dataset, latents: str, num_layers: int
+) -> None:
+    baseline = write_weights(tmp_path, dataset, latents=latents)
+    values: dict[str, Any] = {"max_documents": 30, "num_samples": 3}
+    every = ("documents", "curve", "probe", "samples", "reconstructions", "mutual_information")
+    results = measure_here(baseline, dataset, *every, **values)
+    figures = summarize(results["documents"], SAMPLES, words_of(dataset)[:30])
+    assert len(figures["kl_per_layer"]) == num_layers
+    assert len(results["samples"]["text"]) == 3
+    if latents == "none":
+        assert set(results) == {"documents", "samples"}
+        assert figures["iw_nll"] == figures["negative_elbo"] == figures["reconstruction_nll"]
+    else:
+        assert set(results) == set(every)
+        assert results["probe"]["token_kl"].shape == (7, 2)
+
+
 def test_model_without_latents_is_not_called_collapsed() -> None:
     documents = hand_made([7.0, 8.0], [[], []])
     documents["posterior_means"] = np.zeros((2, 0, 5), np.float32)
