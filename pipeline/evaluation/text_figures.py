@@ -7,17 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.evaluation.blocks import Arrays, spread_places
-from pipeline.evaluation.metrics.errors import perplexity
-from pipeline.evaluation.metrics.extras import mauve
+from pipeline.evaluation.metrics.errors import mean, perplexity
+from pipeline.evaluation.metrics.extras import bertscore, mauve
 from pipeline.evaluation.metrics.text_sets import (
     as_figures,
     reconstruction_figures,
+    response_figures,
     sample_figures,
 )
 from pipeline.specs.evaluate import EvaluationSpec
 from pipeline.storage import Location
 
-SHOWN_SAMPLES, SHOWN_RECONSTRUCTIONS = 8, 6
+SHOWN_SAMPLES, SHOWN_RECONSTRUCTIONS, SHOWN_SOURCES = 8, 6, 4
 
 
 def split_references(documents: Sequence[str], num_samples: int) -> tuple[list[str], list[str]]:
@@ -66,6 +67,19 @@ def reconstruction_summary(made: Arrays, settings: EvaluationSpec) -> dict[str, 
     return {"num_documents": len(texts)} | as_figures(pairs)
 
 
+def response_summary(made: Arrays, settings: EvaluationSpec) -> dict[str, Any]:
+    """Figures of the texts for sources, beside each source's reference."""
+    texts, references = made["text"].tolist(), made["reference"].tolist()
+    pairs = response_figures(texts, references, settings.bleu_tokenizer)
+    if settings.bertscore_model is not None:
+        flat = [text for of_one in texts for text in of_one]
+        repeated = [r for r, of_one in zip(references, texts, strict=True) for _ in of_one]
+        scores = bertscore(flat, repeated, settings.bertscore_model, settings.bertscore_layer)
+        pairs["bertscore"] = mean(scores.reshape(made["text"].shape).mean(axis=1))
+    counts = {"num_sources": len(texts), "per_source": made["text"].shape[1]}
+    return counts | as_figures(pairs)
+
+
 def shown_texts(results: Mapping[str, Arrays]) -> dict[str, Any]:
     """The texts that a table or a page shows."""
     shown: dict[str, Any] = {"samples": [], "reconstructions": [], "interpolations": []}
@@ -77,6 +91,16 @@ def shown_texts(results: Mapping[str, Arrays]) -> dict[str, Any]:
         shown["reconstructions"] = [
             {"source": str(made["source"][i]), "reconstruction": str(made["text"][i])}
             for i in chosen
+        ]
+    if "responses" in results:
+        made = results["responses"]
+        shown["answers"] = [
+            {
+                "source": str(made["source"][i]),
+                "reference": str(made["reference"][i]),
+                "texts": made["text"][i].tolist(),
+            }
+            for i in spread_places(SHOWN_SOURCES, len(made["text"]))
         ]
     if "interpolations" in results:
         made = results["interpolations"]
@@ -103,5 +127,12 @@ def save_texts(results: Mapping[str, Arrays], file: Location) -> None:
                 "text": str(text),
             }
         )
+    made = results.get("responses", {})
+    for place, source, texts in zip(*(made.get(k, []) for k in ("place", "source", "text")),
+                                    strict=True):  # fmt: skip
+        for text in texts.tolist():
+            rows.append(
+                {"kind": "response", "place": int(place), "source": str(source), "text": text}
+            )
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     file.write_bytes("".join(lines).encode())

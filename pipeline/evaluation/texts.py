@@ -47,6 +47,37 @@ def sampled_for_sources(
     return {"text": as_array(texts)}
 
 
+def responses(
+    model: Della,
+    tokenizer: Any,
+    documents: Sequence[Document],
+    first: int,
+    settings: EvaluationSpec,
+) -> Arrays:
+    """Several texts for the source of each document, [documents, responses]; of conditional data.
+
+    `first` is the number of the first document among those that are asked for.
+    """
+    count = settings.responses_per_source
+    decoding = Decoding(max_tokens=settings.sample_max_tokens, top_p=settings.sample_top_p)
+    rows = []
+    for number, document in enumerate(documents, start=first):
+        assert document.condition is not None
+        # Behind the numbers of the samples, so that none is drawn twice.
+        start = settings.num_samples + number * count
+        numbers = range(start, start + count)
+        sources = [document.condition] * count
+        rows.append(target_texts(model, tokenizer, sources, settings.seed, decoding, numbers))
+    encoder = encoder_of(tokenizer)
+    sources = [d.condition for d in documents if d.condition is not None]
+    return {
+        "place": np.array([document.place for document in documents]),
+        "source": as_array([encoder.decode(source).strip() for source in sources]),
+        "reference": as_array(document_texts(tokenizer, documents)),
+        "text": as_array(rows),
+    }
+
+
 def reconstructed(
     model: Della, tokenizer: Any, documents: Sequence[Document], settings: EvaluationSpec
 ) -> Arrays:

@@ -26,6 +26,7 @@ _BLOCK_SIZES = {
     "samples": 64,
     "reconstructions": 64,
     "interpolations": 1,
+    "responses": 16,
     "mutual_information": 256,
 }
 REFERENCE_TEXTS = 32  # of one block for the reference model
@@ -53,6 +54,8 @@ def plan_blocks(
             else min(settings.num_interpolations, num_documents // 2),
             "mutual_information": num_documents if settings.mutual_information else 0,
         }
+    if config.conditional and settings.responses_per_source:
+        counts["responses"] = min(settings.num_sources, num_documents)
     return {
         name: cut_blocks(name, count, _BLOCK_SIZES[name]) for name, count in counts.items() if count
     }
@@ -185,6 +188,13 @@ class Evaluator:
         return sampled_for_sources(
             self._model, self._tokenizer, documents, block.start, self._settings
         )
+
+    def _responses(self, block: Block) -> Arrays:
+        from pipeline.evaluation.texts import responses
+
+        chosen = spread_places(self._settings.num_sources, self._num_documents)
+        documents = self._reader.read(chosen[block.start : block.stop])
+        return responses(self._model, self._tokenizer, documents, block.start, self._settings)
 
     def _reconstructions(self, block: Block) -> Arrays:
         from pipeline.evaluation.texts import reconstructed

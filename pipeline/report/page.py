@@ -77,7 +77,7 @@ _MEASURED = (
     "responses",
     "paper_convention",
 )
-_TEXTS = ("samples", "reconstructions", "interpolations")
+_TEXTS = ("samples", "reconstructions", "interpolations", "answers")
 _COUNTS = ("num_documents", "num_tokens", "num_words")
 _CURVES = (
     "loss",

@@ -46,6 +46,7 @@ _SECTIONS = {
     "training": "Training",
     "latents": "Latents",
     "samples": "Samples",
+    "answers": "Answers",
     "reconstructions": "Reconstructions",
     "interpolations": "Interpolations",
     "throughput": "Throughput",
@@ -53,6 +54,7 @@ _SECTIONS = {
     "config": "Config",
     "versions": "Versions",
 }
+_OPTIONAL = ("answers", "interpolations")  # sections that are left out when empty
 _ACTIVE_COLORS = {"0.01": VALID, "0.2": layer_color(2, 4)}
 
 
@@ -76,7 +78,7 @@ def _run_panels(page: dict[str, Any]) -> dict[str, Any]:
         "sections": [
             (name, title)
             for name, title in _SECTIONS.items()
-            if name != "interpolations" or page["interpolations"]
+            if name not in _OPTIONAL or page[name]
         ],
     }
 

@@ -37,6 +37,7 @@ from pipeline.evaluation.text_figures import (
     add_reference_perplexity,
     generation_figures,
     reconstruction_summary,
+    response_summary,
     save_texts,
     shown_texts,
     split_references,
@@ -67,6 +68,7 @@ _SHOWN = {
     "samples": ("sample", "texts"),
     "reconstructions": ("reconstruct", "texts"),
     "interpolations": ("interpolate", "paths"),
+    "responses": ("answer sources", "sources"),
     "mutual_information": ("mutual information", "documents"),
     "reference": ("reference model", "texts"),
 }
@@ -222,6 +224,8 @@ def _figures(
         add_reference_perplexity(figures["generation"], scored)
     if "reconstructions" in results:
         figures["reconstruction"] = reconstruction_summary(results["reconstructions"], settings)
+    if "responses" in results:
+        figures["responses"] = response_summary(results["responses"], settings)
     return figures | shown_texts(results)
 
 

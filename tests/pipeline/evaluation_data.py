@@ -73,10 +73,11 @@ def measure_here(
     dataset: Dataset,
     *measurements: str,
     blocks: list[Block] | None = None,
+    split_name: str = "test",
     **values: Any,
 ) -> dict[str, Arrays]:
     """The measurements of an evaluation without Ray; `blocks` are those of the documents."""
-    split, settings = dataset.split("test"), evaluate_spec(**values).evaluate
+    split, settings = dataset.split(split_name), evaluate_spec(**values).evaluate
     count = min(split.num_documents, settings.max_documents or split.num_documents)
     evaluator = Evaluator(weights, split, count, settings)
     planned = plan_blocks(settings, load_config(weights), count)

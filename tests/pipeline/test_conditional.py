@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from della_model import Della
 from pipeline.batches import Position
 from pipeline.errors import UserError
+from pipeline.evaluation.figures import mutual_information
+from pipeline.evaluation.text_figures import response_summary
 from pipeline.generation import Decoding, texts_for_sources
 from pipeline.shards import Dataset
 from pipeline.specs import TrainSpec
 from pipeline.stages.train import check_inputs
+from pipeline.storage import Location
 from pipeline.tokenization import load_tokenizer
 from pipeline.training.loader import Padding, Share, TrainLoader
 from pipeline.training.model import Vocabulary, build_model
 from pipeline.training.setup import batch_order
+from tests.pipeline.evaluation_data import evaluate_spec, measure_here
 from tests.pipeline.preprocess_data import make_lines, make_spec, write_dataset
 from tests.pipeline.train_data import small_dataset, train_spec
 
@@ -105,6 +110,40 @@ def test_conditional_texts_do_not_depend_on_what_they_are_batched_with(
     apart = texts_for_sources(model, tokenizer, sources, 3, decoding, batch_size=2)
     assert together == apart
     assert len(set(together)) > 1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_conditional_weights_are_evaluated_with_their_sources(
+    dataset: Dataset, tmp_path: Path, family: str
+) -> None:
+    model, tokenizer = built(dataset, family)
+    with torch.no_grad():
+        for _, part in model.latent_parts():
+            for parameter in part.parameters():
+                parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = Location.parse(tmp_path)
+    every = ("documents", "curve", "probe", "responses", "reconstructions", "mutual_information")
+    values = {"max_documents": 12, "num_sources": 5, "responses_per_source": 3, "num_samples": 2}
+    values |= {"sample_max_tokens": 6, "num_reconstructions": 3, "probe_documents": 3}
+    found = measure_here(weights, dataset, *every, split_name="train", **values)
+    assert set(found) == set(every)
+    assert found["responses"]["text"].shape == (5, 3)
+    summary = response_summary(found["responses"], evaluate_spec(**values).evaluate)
+    assert {"bleu", "self_bleu", "rouge_l", "distinct_2"} <= set(summary)
+    assert summary["num_sources"] == 5
+    alone = measure_here(
+        weights, dataset, "documents", "responses", split_name="train", **values, batch_tokens=1
+    )
+    for name in ("reconstruction_nll", "iw_nll", "kl_per_layer"):
+        np.testing.assert_allclose(
+            alone["documents"][name], found["documents"][name], rtol=1e-5, atol=1e-5
+        )
+    assert alone["responses"]["text"].tolist() == found["responses"]["text"].tolist()
+    log_aggregate = found["mutual_information"]["log_aggregate"]
+    information = mutual_information(found["documents"], log_aggregate, conditional=True)
+    assert information["mutual_information"] <= np.log(12)
 
 
 def test_conditional_source_longer_than_the_context_says_so(dataset: Dataset) -> None:
