@@ -209,14 +209,19 @@ class Della(PreTrainedModel, GenerationMixin):
         attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"],
         latents: Float[Tensor, "batch layers latent"],
         condition: Condition | Reading | None = None,
+        decoder_input_ids: Int[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, " batch"]:
-        """−log p(x | z, c) in nats, summed over predicted tokens: all but BOS and padding of x."""
+        """−log p(x | z, c) in nats, summed over predicted tokens: all but BOS and padding of x.
+
+        `decoder_input_ids`: what the decoder reads in place of the document (word dropout).
+        """
         reading = self._read(condition)
         self._check_length(input_ids, reading)
         self._check_latents("latents", latents, len(input_ids))
         # The last column is only ever predicted, whichever side the padding is on.
         unpadded = attention_mask.bool()
-        inputs, known = input_ids[:, :-1], unpadded[:, :-1]
+        read = input_ids if decoder_input_ids is None else decoder_input_ids
+        inputs, known = read[:, :-1], unpadded[:, :-1]
         if inputs.shape[1] == 0:
             return at_least_float32(latents).new_zeros(len(input_ids))
         hidden = self._decode(
@@ -234,12 +239,15 @@ class Della(PreTrainedModel, GenerationMixin):
         attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"],
         noise: Float[Tensor, "batch layers latent"],
         condition: Condition | Reading | None = None,
+        decoder_input_ids: Int[Tensor, "batch time"] | None = None,
     ) -> ElboTerms:
         """The terms of log p(x | z, c) − Σ_l KL(q_l ‖ p_l) under one draw z ~ q(z | x, c)."""
         reading = self._read(condition)
         sample = self.infer(input_ids, attention_mask, noise, reading)
-        nll = self.reconstruction_nll(input_ids, attention_mask, sample.latents, reading)
-        num_predicted = _predicted(attention_mask.bool()).sum(-1)
+        nll = self.reconstruction_nll(
+            input_ids, attention_mask, sample.latents, reading, decoder_input_ids
+        )
+        num_predicted = predicted_tokens(attention_mask.bool()).sum(-1)
         return ElboTerms(nll, sample.kl_per_layer, num_predicted, sample)
 
     # --- transformers' interface -----------------------------------------------------------------
@@ -302,7 +310,7 @@ class Della(PreTrainedModel, GenerationMixin):
             unpadded = attention_mask.bool()
             output.reconstruction_nll = self._nll_of_hidden(hidden[:, :-1], input_ids, unpadded)
             output.kl_per_layer = sample.kl_per_layer
-            output.num_predicted = _predicted(unpadded).sum(-1)
+            output.num_predicted = predicted_tokens(unpadded).sum(-1)
             output.posteriors, output.priors = sample.posteriors, sample.priors
         return output
 
@@ -526,7 +534,7 @@ class Della(PreTrainedModel, GenerationMixin):
         unpadded: Bool[Tensor, "batch time"],
     ) -> Float[Tensor, " batch"]:
         """Σ_t −log p(x_t | x_<t, z), from the hidden states of all positions but the last."""
-        predicted = _predicted(unpadded)[:, 1:]
+        predicted = predicted_tokens(unpadded)[:, 1:]
         token_nll = self._scores(hidden[predicted], input_ids[:, 1:][predicted])
         # Back into rows: a sum along a row has one order, a scattered sum has none on a GPU.
         rows = token_nll.new_zeros(predicted.shape)
@@ -604,7 +612,7 @@ def _positions(unpadded: Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"
     return (unpadded.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def _predicted(unpadded: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:
+def predicted_tokens(unpadded: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:
     """True where a token is predicted: unpadded, and not its document's first, which is BOS."""
     return unpadded & (unpadded.long().cumsum(-1) > 1)
 

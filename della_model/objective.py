@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from della_model.bag_of_words import BagOfWords
 from della_model.condition import Condition
-from della_model.errors import ConfigError
+from della_model.errors import ConfigError, unknown_name
 from della_model.model import Della
 from della_model.outputs import ElboTerms
 from della_model.shapes import Bool, Float, Int
 
+FREE_BITS_PER = ("layer", "dimension")
+
 
 class Objective(nn.Module):
-    """loss = Σ_documents weight · (reconstruction_nll + β Σ_l max(KL_l, free_bits)).
+    """loss = Σ_documents weight · (reconstruction_nll + β Σ_l max(KL_l, free_bits) + w · bow_nll).
 
     Encoder, chain, decoder and KL in one forward that returns one scalar: the module to hand to
     DDP, FSDP or DeepSpeed, whose hooks expect just that.
@@ -27,19 +31,40 @@ class Objective(nn.Module):
 
     Args:
         model: the Della to train.
-        free_bits: nats of KL that each layer of each document has for nothing; below them KL_l
-            has no gradient. The reported KL is always the true one.
+        free_bits: nats of KL that each layer of each document has for nothing, or each dimension
+            of each layer; below them it has no gradient. The reported KL is always the true one.
+        free_bits_per: "layer" or "dimension".
+        kl_layers: the latents whose KL is charged, counted from 0, or from the last by −1; None
+            for all. One that is not charged is free to tell all it can.
+        bag_of_words: w, the weight of `BagOfWords`, whose weights are the objective's own and no
+            part of the model; 0 leaves it out.
+
+    Raises ConfigError where a number cannot be, or does not fit the model.
     """
 
-    def __init__(self, model: Della, free_bits: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: Della,
+        free_bits: float = 0.0,
+        free_bits_per: str = "layer",
+        kl_layers: Sequence[int] | None = None,
+        bag_of_words: float = 0.0,
+    ) -> None:
         super().__init__()
-        if not (math.isfinite(free_bits) and free_bits >= 0):
-            raise ConfigError(
-                f"free_bits: expected nats a layer ≥ 0, got {free_bits}: the KL is never negative; "
-                "give 0 to switch them off."
-            )
+        for name, value in (("free_bits", free_bits), ("bag_of_words", bag_of_words)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(
+                    f"{name}: expected a number of nats or a weight ≥ 0, got {value}: below 0 it "
+                    "would reward what it should bound; give 0 to switch it off."
+                )
+        if free_bits_per not in FREE_BITS_PER:
+            raise ConfigError(unknown_name("free_bits_per", free_bits_per, FREE_BITS_PER))
         self.model = model
         self.free_bits = free_bits
+        self.free_bits_per = free_bits_per
+        self.charged = _charged_layers(kl_layers, model.config.num_latent_layers)
+        self.bag_of_words_weight = bag_of_words
+        self.bag_of_words = BagOfWords(model.config) if bag_of_words else None
 
     def forward(
         self,
@@ -50,15 +75,41 @@ class Objective(nn.Module):
         beta: float,
         condition_ids: Int[Tensor, "batch source"] | None = None,
         condition_mask: Int[Tensor, "batch source"] | Bool[Tensor, "batch source"] | None = None,
+        decoder_input_ids: Int[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The loss, and detached sums over the documents of weight > 0 (nats, counts)."""
         condition = None
         if condition_ids is not None and condition_mask is not None:
             condition = Condition(condition_ids, condition_mask)
-        terms = self.model.elbo_terms(input_ids, attention_mask, noise, condition)
-        charged_kl = terms.kl_per_layer.clamp(min=self.free_bits).sum(-1)
-        loss = (document_weight * (terms.reconstruction_nll + beta * charged_kl)).sum()
+        terms = self.model.elbo_terms(
+            input_ids, attention_mask, noise, condition, decoder_input_ids
+        )
+        document_loss = terms.reconstruction_nll + beta * self._charged_kl(terms)
+        if self.bag_of_words is not None:
+            bow_nll = self.bag_of_words(self.model, input_ids, attention_mask, terms.sample.latents)
+            document_loss = document_loss + self.bag_of_words_weight * bow_nll
+        loss = (document_weight * document_loss).sum()
         return loss, {"loss": loss.detach(), **_sums(terms, document_weight > 0)}
+
+    def _charged_kl(self, terms: ElboTerms) -> Float[Tensor, " batch"]:
+        """Σ_l max(KL_l, free_bits), or Σ_l Σ_i max(KL_li, free_bits), over the charged layers."""
+        if self.free_bits_per == "dimension":
+            kl_per_layer = terms.sample.kl_per_dimension.clamp(min=self.free_bits).sum(-1)
+        else:
+            kl_per_layer = terms.kl_per_layer.clamp(min=self.free_bits)
+        return kl_per_layer[:, self.charged].sum(-1)
+
+
+def _charged_layers(asked: Sequence[int] | None, count: int) -> list[int]:
+    if asked is None:
+        return list(range(count))
+    for layer in asked:
+        if not -count <= layer < count:
+            raise ConfigError(
+                f"kl_layers: expected latents from 0 to {count - 1}, or −1 to −{count} from the "
+                f"last, got {layer}: the model has {count}; leave kl_layers out to charge all."
+            )
+    return sorted({layer % count for layer in asked})
 
 
 @torch.no_grad()

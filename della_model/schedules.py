@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from della_model.errors import ConfigError, unknown_name
 
-BetaKind = Literal["constant", "linear", "cyclical"]
+BetaKind = Literal["constant", "linear", "cyclical", "logistic"]
 DecayKind = Literal["constant", "linear", "cosine"]
 
 
@@ -24,12 +24,16 @@ def _require(holds: bool, message: str) -> None:
 class BetaSchedule:
     """The weight β of the KL at each step, between 0 and `value`.
 
-    - constant: `value` after `delay_steps` at 0.
-    - linear: `delay_steps` at 0, then a ramp of `warmup_steps` up to `value`. A delay is an
-      autoencoder start: the decoder learns to use the latents before they cost anything.
-    - cyclical: `delay_steps` at 0, then periods of `period_steps`; within each, its first
-      `low_fraction` at 0, a ramp over the next `ramp_fraction`, then `value` to its end. After
-      `num_cycles` periods (0: no end) it stays at `value`.
+    All start with `delay_steps` at 0, an autoencoder start: the decoder learns to use the latents
+    before they cost anything. Then:
+
+    - constant: `value`.
+    - linear: a ramp of `warmup_steps` up to `value`.
+    - logistic: the same ramp, along the middle of a logistic curve (σ from −6 to 6, stretched so
+      that it starts at 0 and ends at `value`): slow, fast, slow.
+    - cyclical: periods of `period_steps`; within each, its first `low_fraction` at 0, a ramp over
+      the next `ramp_fraction`, then `value` to its end. After `num_cycles` periods (0: no end) it
+      stays at `value`.
     """
 
     kind: BetaKind = "constant"
@@ -73,6 +77,8 @@ class BetaSchedule:
             return 0.0
         if self.kind == "linear":
             return self.value * _ramp(elapsed, self.warmup_steps)
+        if self.kind == "logistic":
+            return self.value * _logistic(_ramp(elapsed, self.warmup_steps))
         if self.kind == "cyclical" and not self._cycles_are_over(elapsed):
             rising = elapsed % self.period_steps - self.low_fraction * self.period_steps
             ramp_steps = self.ramp_fraction * self.period_steps
@@ -137,6 +143,12 @@ class LearningRateSchedule:
         if self.decay == "cosine":
             remaining = 0.5 * (1 + math.cos(math.pi * progress))
         return self.floor + (self.peak - self.floor) * remaining
+
+
+def _logistic(progress: float) -> float:
+    """σ from −6 to 6 while `progress` goes from 0 to 1, stretched to [0, 1]."""
+    # σ(x) = ½ + ½ tanh(x/2)
+    return 0.5 + 0.5 * math.tanh(6 * progress - 3) / math.tanh(3)
 
 
 def _ramp(elapsed: float, length: float) -> float:

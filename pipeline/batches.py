@@ -234,6 +234,8 @@ class MicroBatch:
     # Of conditional data: the sources, S tokens, padded on their own.
     condition_ids: torch.Tensor | None = None  # int64 [B, S]
     condition_mask: torch.Tensor | None = None  # int64 [B, S], 1 on tokens
+    # Under word dropout: what the decoder reads in place of `input_ids`.
+    decoder_input_ids: torch.Tensor | None = None  # int64 [B, T]
 
     def arguments(self, device: torch.device) -> dict[str, torch.Tensor]:
         """What there is of it, on a device, by the names of the objective's arguments."""

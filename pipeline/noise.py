@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     RECONSTRUCTION = 6
     TOKENS = 7  # of a text that is drawn
     START = 8  # weights of the parts that a pretrained backbone lacks
+    WORD_DROPOUT = 9  # tokens that a training step hides from the decoder
 
 
 @dataclass(frozen=True)

@@ -49,14 +49,17 @@ class BetaSpec(Spec):
 
     Lengths are shares of the run's steps: a schedule keeps its shape when a run gets longer.
 
-    - constant: `value` from the first step on.
-    - linear: 0 for `delay` (an autoencoder start: the decoder learns to use the latents before they
-      cost anything), then a ramp of `warmup` up to `value`.
-    - cyclical: 0 for `delay`, then cycles of `period`; each is 0 for its first `low` (a share of
-      the cycle), then a ramp of `ramp`, then `value`.
+    All are 0 for `delay` (an autoencoder start: the decoder learns to use the latents before they
+    cost anything). Then:
+
+    - constant: `value`.
+    - linear: a ramp of `warmup` up to `value`.
+    - logistic: the same ramp along a logistic curve, slow at both ends.
+    - cyclical: cycles of `period`; each is 0 for its first `low` (a share of the cycle), then a
+      ramp of `ramp`, then `value`.
     """
 
-    kind: Literal["constant", "linear", "cyclical"] = "linear"
+    kind: Literal["constant", "linear", "cyclical", "logistic"] = "linear"
     value: float = Field(1.0, ge=0)
     delay: float = Field(0.2, ge=0, le=1)
     warmup: float = Field(0.4, ge=0, le=1)
@@ -66,7 +69,7 @@ class BetaSpec(Spec):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if self.kind == "linear" and self.delay + self.warmup > 1:
+        if self.kind in ("linear", "logistic") and self.delay + self.warmup > 1:
             raise ValueError(
                 f"beta.delay + beta.warmup are shares of the run, but add up to "
                 f"{self.delay + self.warmup:g}: beta would never reach its value; keep them to 1"
@@ -118,7 +121,13 @@ class OptimizationSpec(Spec):
     trainable: Literal["all", "latents", "lora"] = "all"
     lora: LoraSpec = LoraSpec()
     beta: BetaSpec = BetaSpec()
-    free_bits: float = Field(0.0, ge=0)  # nats per layer and document
+    # Nats of KL that cost nothing, of each document's every layer, or every dimension.
+    free_bits: float = Field(0.0, ge=0)
+    free_bits_per: Literal["layer", "dimension"] = "layer"
+    # The latents whose KL the loss charges, counted from 0, or from the last by −1; None: all.
+    kl_layers: tuple[int, ...] | None = None
+    bag_of_words: float = Field(0.0, ge=0)  # weight of predicting a document's tokens from z alone
+    word_dropout: float = Field(0.0, ge=0, lt=1)  # share of the decoder's inputs that are hidden
     checkpoint_every: int = Field(500, gt=0)
     eval_every: int = Field(500, gt=0)
     eval_documents: int = Field(2000, gt=0)  # of the validation split, the same ones every time

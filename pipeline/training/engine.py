@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from della_model import Della, Objective
+from della_model import ConfigError, Della, Objective
+from pipeline.errors import UserError
 from pipeline.specs import TrainSpec
 
 
@@ -42,11 +43,11 @@ def start_engine(spec: TrainSpec, model: Della, config: dict[str, Any]) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Present before its first use, this keeps DeepSpeed from probing for compilers.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {"deepspeed_shm_comm": False})
-    objective = Objective(model, spec.train.free_bits)
+    objective = build_objective(spec, model)
     engine, *_ = deepspeed.initialize(
         model=objective,
         optimizer=torch.optim.AdamW(
-            parameter_groups(model, spec.train.weight_decay),
+            parameter_groups(objective, spec.train.weight_decay),
             lr=spec.train.learning_rate,
             betas=(spec.train.adam_beta1, spec.train.adam_beta2),
         ),
@@ -55,6 +56,25 @@ def start_engine(spec: TrainSpec, model: Della, config: dict[str, Any]) -> Any:
     )
     keep_grad_norm(engine)
     return engine
+
+
+def build_objective(spec: TrainSpec, model: Della) -> Objective:
+    """What the spec minimises.
+
+    Raises:
+        UserError: if its terms do not fit the model.
+    """
+    train = spec.train
+    try:
+        return Objective(
+            model,
+            free_bits=train.free_bits,
+            free_bits_per=train.free_bits_per,
+            kl_layers=train.kl_layers,
+            bag_of_words=train.bag_of_words,
+        )
+    except ConfigError as error:
+        raise UserError(f"train.{error}") from None
 
 
 def keep_grad_norm(engine: Any) -> None:

@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pipeline.batches import (
@@ -28,7 +29,7 @@ from pipeline.batches import (
     padded,
     split,
 )
-from pipeline.noise import Purpose, Stream, document_noise
+from pipeline.noise import Purpose, Stream, document_noise, document_uniforms
 from pipeline.shards import Split
 
 PREFETCH_STEPS = 4
@@ -51,6 +52,7 @@ class Padding:
     num_layers: int  # L, the latents of a document
     latent_size: int  # p
     seed: int
+    word_dropout: float = 0.0  # share of the decoder's inputs that are hidden in training
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,24 @@ def make_micro_batch(
     noise = document_noise(stream, documents, (padding.num_layers, padding.latent_size))
     tokens = [tokens_of(int(d)) for d in documents]
     conditions = [t.condition for t in tokens if t.condition is not None]
-    return padded([t.document for t in tokens], noise, weight, padding.pad_id, conditions or None)
+    batch = padded([t.document for t in tokens], noise, weight, padding.pad_id, conditions or None)
+    if padding.word_dropout == 0 or epoch == VALIDATION_EPOCH:
+        return batch
+    hidden = dropped_words(padding, epoch, documents, batch.input_ids.shape[1])
+    return replace(batch, decoder_input_ids=batch.input_ids.masked_fill(hidden, padding.pad_id))
+
+
+def dropped_words(
+    padding: Padding, epoch: int, documents: Documents, num_tokens: int
+) -> torch.Tensor:
+    """Which of the decoder's inputs are hidden, [documents, tokens]; never the first, BOS.
+
+    A pure function of seed, epoch and document: of no worker, and no document beside it.
+    """
+    stream = Stream(padding.seed, Purpose.WORD_DROPOUT, epoch)
+    hidden = document_uniforms(stream, documents, num_tokens) < padding.word_dropout
+    hidden[:, 0] = False
+    return torch.from_numpy(hidden)
 
 
 def read_window(split: Split, order: BatchOrder, window: Window) -> TokensOf:

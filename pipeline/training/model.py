@@ -199,8 +199,6 @@ def beta_schedule(spec: TrainSpec, total_steps: int) -> BetaSchedule:
     from della_model import BetaSchedule
 
     beta = spec.train.beta
-    if beta.kind == "constant":
-        return BetaSchedule("constant", beta.value)
     return BetaSchedule(
         kind=beta.kind,
         value=beta.value,

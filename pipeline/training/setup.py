@@ -92,7 +92,11 @@ def start_run(
     model = build_model(spec, vocabulary, split.is_conditional, config)
     share = Share(rank, num_workers, accumulation)
     padding = Padding(
-        vocabulary.pad_id, model.config.num_latent_layers, model.config.latent_size, train.seed
+        vocabulary.pad_id,
+        model.config.num_latent_layers,
+        model.config.latent_size,
+        train.seed,
+        train.word_dropout,
     )
     validation: list[MicroBatch] = []
     if "valid" in dataset.split_names:

@@ -11,8 +11,8 @@ from transformers import GPT2Config
 
 # All but `config`: transformers makes a dataclass of it whose signature hides what it accepts.
 CHECKED = (
-    "aggregate backbones estimators fusion gaussian head latents model objective outputs pooling "
-    "probe routing"
+    "aggregate backbones bag_of_words estimators fusion gaussian head latents model objective "
+    "outputs pooling probe routing"
 ).split()
 
 # Before the first import of the package, or its functions are already defined unchecked.

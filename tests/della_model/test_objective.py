@@ -87,6 +87,84 @@ def test_objective_of_a_global_batch_does_not_depend_on_its_division(
         torch.testing.assert_close(one, other)
 
 
+def test_objective_free_bits_of_each_dimension_equal_a_plain_computation(make_model, batch, noise):
+    model = make_model().double()
+    weight = torch.tensor([0.1, 0.2, 0.3, 0.05, 0.35]).double()
+    free = 0.6
+    loss, sums = Objective(model, free, "dimension")(*batch, noise, weight, BETA)
+    sample = model.infer(*batch, noise)
+    expected = model.reconstruction_nll(*batch, sample.latents)
+    for q, p in zip(sample.posteriors, sample.priors, strict=True):
+        kl = torch.distributions.kl_divergence(
+            torch.distributions.Normal(q.loc, q.scale), torch.distributions.Normal(p.loc, p.scale)
+        )
+        assert (kl < free).any(), "free bits should bind somewhere"
+        assert (kl > free).any(), "and not everywhere"
+        expected = expected + BETA * kl.clamp(min=free).sum(-1)
+    torch.testing.assert_close(loss, (weight * expected).sum())
+    torch.testing.assert_close(sums["kl"], sample.kl_per_layer.sum())
+
+
+@pytest.mark.parametrize(("layers", "charged"), [([-1], [2]), ([0, 2], [0, 2]), (None, [0, 1, 2])])
+def test_objective_charges_the_kl_of_the_layers_it_is_told(
+    make_model, batch, noise, layers, charged
+):
+    model = make_model().double()
+    weight = torch.full((5,), 0.2).double()
+    loss, sums = Objective(model, kl_layers=layers)(*batch, noise, weight, BETA)
+    terms = model.elbo_terms(*batch, noise)
+    expected = terms.reconstruction_nll + BETA * terms.kl_per_layer[:, charged].sum(-1)
+    torch.testing.assert_close(loss, expected.mean())
+    torch.testing.assert_close(sums["kl"], terms.kl.sum())
+
+
+def test_objective_bag_of_words_equals_a_plain_count_of_tokens(make_model, batch, noise):
+    model = make_model().double()
+    objective = Objective(model, bag_of_words=0.3).double()
+    weight = torch.full((5,), 0.2).double()
+    loss, _ = objective(*batch, noise, weight, BETA)
+    terms = model.elbo_terms(*batch, noise)
+    expected = terms.negative_elbo + (BETA - 1) * terms.kl
+    linear = objective.bag_of_words.latents_to_hidden
+    for row, (ids, mask) in enumerate(zip(*batch, strict=True)):
+        z = terms.sample.latents[row].flatten()
+        hidden = torch.tanh(linear.weight @ z + linear.bias)
+        scores = (model.get_output_embeddings().weight @ hidden).log_softmax(0)
+        counts = torch.bincount(ids[mask.bool()][1:], minlength=53)
+        expected[row] = expected[row] - 0.3 * (counts * scores).sum()
+    torch.testing.assert_close(loss, expected.mean())
+
+
+def test_objective_under_word_dropout_hides_tokens_from_the_decoder_alone(make_model, batch, noise):
+    model = make_model().double()
+    weight = torch.full((5,), 0.2).double()
+    hidden = batch.input_ids.clone()
+    hidden[:, 2] = 2
+    loss, sums = Objective(model)(*batch, noise, weight, 1.0, decoder_input_ids=hidden)
+    terms = model.elbo_terms(*batch, noise)
+    logits = model(hidden, batch.attention_mask, latents=terms.sample.latents).logits
+    nll = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), batch.input_ids[:, 1:], reduction="none"
+    )
+    expected = (nll * batch.attention_mask[:, 1:]).sum(-1) + terms.kl
+    torch.testing.assert_close(loss, expected.mean())
+    torch.testing.assert_close(sums["kl"], terms.kl.sum())
+
+
+@pytest.mark.parametrize(
+    ("options", "model_options", "message"),
+    [
+        ({"free_bits_per": "token"}, {}, "free_bits_per: expected one of dimension, layer"),
+        ({"kl_layers": [3]}, {}, "kl_layers: expected latents from 0 to 2.*got 3"),
+        ({"bag_of_words": -1.0}, {}, "bag_of_words: expected"),
+        ({"bag_of_words": 1.0}, {"latents": "none"}, "bag_of_words: expected 0 for a model"),
+    ],
+)
+def test_objective_that_cannot_be_says_so(make_model, options, model_options, message):
+    with pytest.raises(ConfigError, match=message):
+        Objective(make_model(**model_options), **options)
+
+
 @pytest.mark.parametrize("free_bits", [-0.1, float("nan"), float("inf")])
 def test_objective_with_bad_free_bits_says_so(make_model, free_bits):
     with pytest.raises(ConfigError, match="free_bits: expected"):

@@ -26,6 +26,18 @@ def test_beta_linear_without_warmup_is_a_step():
     assert values(BetaSchedule("linear", delay_steps=3), 2, 3) == [0, 1]
 
 
+def test_beta_logistic_follows_its_curve_between_exact_ends():
+    schedule = BetaSchedule("logistic", value=2.0, delay_steps=3, warmup_steps=8)
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    low, high = sigmoid(-6), sigmoid(6)
+    expected = [2 * (sigmoid(12 * s / 8 - 6) - low) / (high - low) for s in range(9)]
+    assert values(schedule, *range(3, 12)) == pytest.approx(expected)
+    assert values(schedule, 0, 2, 3, 7, 11, 99) == pytest.approx([0, 0, 0, 1, 2, 2])
+
+
 def test_beta_cyclical_repeats_and_stops():
     schedule = BetaSchedule("cyclical", delay_steps=1, period_steps=10, num_cycles=2)
     assert values(schedule, 0, 1, 3, 6, 10, 11, 13, 20, 21, 99) == [

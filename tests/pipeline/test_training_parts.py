@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from pyarrow import fs
 
 from pipeline.batches import MicroBatch, Position
@@ -14,7 +17,13 @@ from pipeline.shards import Dataset, Documents, Split
 from pipeline.storage import Location
 from pipeline.training.deepspeed_config import deepspeed_config
 from pipeline.training.export import replace_folder
-from pipeline.training.loader import Padding, Share, TrainLoader, validation_batches
+from pipeline.training.loader import (
+    Padding,
+    Share,
+    TrainLoader,
+    dropped_words,
+    validation_batches,
+)
 from pipeline.training.metrics import MetricsLog, read_rows
 from pipeline.training.model import count_steps, learning_rate_schedule
 from pipeline.training.setup import batch_order
@@ -211,3 +220,31 @@ def test_replace_folder_leaves_only_the_new_files(tmp_path: Path, scheme: str) -
 def test_seed_below_zero_is_refused() -> None:
     with pytest.raises(UserError, match=r"train.seed=-1"):
         train_spec(train__seed=-1)
+
+
+def test_word_dropout_is_a_function_of_seed_epoch_and_document_alone(dataset: Dataset) -> None:
+    padding = replace(PADDING, word_dropout=0.4)
+    documents = np.array([7, 3, 11])
+    together = dropped_words(padding, 2, documents, 50)
+    for row, document in enumerate(documents):
+        alone = dropped_words(padding, 2, np.array([document]), 31)
+        assert torch.equal(alone[0], together[row, :31])
+    assert not torch.equal(dropped_words(padding, 3, documents, 50), together)
+    many = dropped_words(padding, 0, np.arange(200), 50)
+    assert not many[:, 0].any()
+    assert many[:, 1:].float().mean().item() == pytest.approx(0.4, abs=0.02)
+
+
+def test_word_dropout_hides_the_decoders_inputs_in_training_alone(dataset: Dataset) -> None:
+    split = dataset.split("train")
+    padding = replace(PADDING, word_dropout=0.4)
+    order = batch_order(train_spec(), split)
+    loader = TrainLoader(split, order, Position(), Share(0, 1, 1), padding)
+    batch = loader.next().micro_batches[0]
+    loader.close()
+    assert batch.decoder_input_ids is not None
+    changed = batch.decoder_input_ids != batch.input_ids
+    assert changed.any()
+    assert (batch.decoder_input_ids[changed] == padding.pad_id).all()
+    plain = validation_batches(dataset.split("valid"), 40, 512, Share(0, 1, 1), padding)
+    assert all(batch.decoder_input_ids is None for batch in plain)
