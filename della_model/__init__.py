@@ -25,6 +25,7 @@ from della_model.outputs import DellaOutput, ElboTerms
 from della_model.probe import SwapEffect, swap_effect
 from della_model.schedules import BetaSchedule, LearningRateSchedule
 from della_model.sizes import SIZES, backbone_config, gpt2_config
+from della_model.texts import EncodedTexts
 
 __all__ = [
     "FUSIONS",
@@ -38,6 +39,7 @@ __all__ = [
     "DellaOutput",
     "DiagonalGaussian",
     "ElboTerms",
+    "EncodedTexts",
     "Fusion",
     "ImportanceSamples",
     "InputError",
