@@ -1,7 +1,10 @@
-"""Draw sentences from the prior, or reconstruct given ones.
+"""Draw sentences from the prior, or from the latents of given ones.
 
 python jobs/generate.py weights=FOLDER mode=sample num=16
 python jobs/generate.py weights=FOLDER mode=reconstruct input=FILE
+python jobs/generate.py weights=FOLDER mode=interpolate input=PAIRS steps=8
+python jobs/generate.py weights=FOLDER mode=analogy input=TRIPLES
+python jobs/generate.py weights=FOLDER mode=complete input=PREFIXES
 """
 
 from __future__ import annotations

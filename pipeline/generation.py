@@ -267,7 +267,8 @@ def run_generate(spec: GenerateSpec, weights: Location) -> list[dict[str, str]]:
     texts = read_texts(Location.parse(spec.input)) if spec.input is not None else []
     tokenizer = load_weights_tokenizer(weights)
     model = load_model(weights, _device(spec.device))
-    default = 0.0 if spec.mode == "reconstruct" or spec.num_beams > 1 else 1.0
+    from_prior = spec.mode in ("sample", "complete", "target")
+    default = 1.0 if from_prior and spec.num_beams == 1 else 0.0
     decoding = Decoding(
         max_tokens=spec.max_tokens,
         temperature=default if spec.temperature is None else spec.temperature,
@@ -282,11 +283,47 @@ def run_generate(spec: GenerateSpec, weights: Location) -> list[dict[str, str]]:
         targets = texts_for_sources(model, tokenizer, texts, spec.seed, decoding, spec.batch_size)
         pairs = zip(texts, targets, strict=True)
         return [{"source": source, "target": text} for source, text in pairs]
+    if spec.mode in ("interpolate", "analogy", "complete"):
+        return _walked(spec, model, tokenizer, texts, decoding)
     rebuilt = reconstruct_texts(
         model, tokenizer, texts, spec.seed, decoding, spec.latents, spec.batch_size
     )
     pairs = zip(texts, rebuilt, strict=True)
     return [{"source": source, "reconstruction": text} for source, text in pairs]
+
+
+def _walked(
+    spec: GenerateSpec, model: Della, tokenizer: Any, lines: Sequence[str], decoding: Decoding
+) -> list[dict[str, str]]:
+    from pipeline.walks import analogous_text, completed_texts, interpolated_texts
+
+    if spec.mode == "complete":
+        found = completed_texts(model, tokenizer, lines, spec.seed, decoding)
+        return [
+            {"prefix": prefix, "completion": text}
+            for prefix, text in zip(lines, found, strict=True)
+        ]
+    rows: list[dict[str, str]] = []
+    for number, line in enumerate(lines, start=1):
+        texts = _columns(line, number, 2 if spec.mode == "interpolate" else 3)
+        if spec.mode == "analogy":
+            text = analogous_text(model, tokenizer, *texts, spec.seed, decoding)
+            rows.append(dict(zip("abc", texts, strict=True)) | {"analogy": text})
+            continue
+        path = interpolated_texts(model, tokenizer, *texts, spec.steps, spec.seed, decoding)
+        steps = {f"step {step}": text for step, text in enumerate(path, start=1)}
+        rows.append({"from": texts[0], **steps, "to": texts[1]})
+    return rows
+
+
+def _columns(line: str, number: int, count: int) -> list[str]:
+    texts = [text.strip() for text in line.split("\t")]
+    if len(texts) != count or not all(texts):
+        raise UserError(
+            f"input, line {number}, has {len(texts)} texts: expected {count} with a tab between "
+            "them; the mode compares that many, so correct the line."
+        )
+    return texts
 
 
 def read_texts(file: Location) -> list[str]:

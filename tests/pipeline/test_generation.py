@@ -145,7 +145,7 @@ def test_bad_input_file_is_refused(
     ("values", "message"),
     [
         ({"mode": "reconstruct"}, "needs input=FILE"),
-        ({"input": "x"}, "is for mode=reconstruct"),
+        ({"input": "x"}, "is for the other modes"),
         ({"mode": "smaple"}, "did you mean 'sample'"),
         ({"num_beams": 3, "temperature": 1.0}, "give one"),
         ({"num": 0}, "num=0 is refused"),
@@ -159,3 +159,38 @@ def test_bad_generate_spec_is_refused(values: dict[str, Any], message: str) -> N
 def test_unknown_device_is_refused(weights: Location) -> None:
     with pytest.raises(UserError, match="device=abacus is not there: expected auto"):
         generate(weights, device="abacus")
+
+
+def test_generate_walks_between_texts_and_by_analogy(weights: Location, tmp_path: Path) -> None:
+    file = tmp_path / "in.txt"
+    file.write_text("the dog runs.\tthe red house\n")
+    (row,) = generate(weights, mode="interpolate", input=str(file), steps=4)
+    assert list(row) == ["from", "step 1", "step 2", "step 3", "step 4", "to"]
+    ends = tmp_path / "ends.txt"
+    ends.write_text("the dog runs.\nthe red house\n")
+    rebuilt = [r["reconstruction"] for r in generate(weights, mode="reconstruct", input=str(ends))]
+    assert [row["step 1"], row["step 4"]] == rebuilt
+    file.write_text("the dog runs.\tthe dog runs.\tthe red house\n")
+    (row,) = generate(weights, mode="analogy", input=str(file))
+    assert row["analogy"] == rebuilt[1]
+
+
+def test_generate_completes_prefixes_of_any_length_as_alone(
+    weights: Location, tmp_path: Path
+) -> None:
+    file = tmp_path / "in.txt"
+    file.write_text("the dog\nthe old red house near\n")
+    rows = generate(weights, mode="complete", input=str(file), seed=5)
+    assert [row["prefix"] for row in rows] == ["the dog", "the old red house near"]
+    assert all(row["completion"].startswith(row["prefix"]) for row in rows)
+    assert generate(weights, mode="complete", input=str(file), seed=5) == rows
+
+
+@pytest.mark.parametrize(("mode", "count"), [("interpolate", 2), ("analogy", 3)])
+def test_generate_with_a_wrong_number_of_texts_names_the_line(
+    weights: Location, tmp_path: Path, mode: str, count: int
+) -> None:
+    file = tmp_path / "in.txt"
+    file.write_text("one text alone\n")
+    with pytest.raises(UserError, match=f"line 1, has 1 texts: expected {count}"):
+        generate(weights, mode=mode, input=str(file))
