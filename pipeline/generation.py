@@ -307,12 +307,14 @@ def _walked(
     for number, line in enumerate(lines, start=1):
         texts = _columns(line, number, 2 if spec.mode == "interpolate" else 3)
         if spec.mode == "analogy":
-            text = analogous_text(model, tokenizer, *texts, spec.seed, decoding)
-            rows.append(dict(zip("abc", texts, strict=True)) | {"analogy": text})
+            a, b, c = texts
+            text = analogous_text(model, tokenizer, a, b, c, spec.seed, decoding)
+            rows.append({"a": a, "b": b, "c": c, "analogy": text})
             continue
-        path = interpolated_texts(model, tokenizer, *texts, spec.steps, spec.seed, decoding)
+        start, end = texts
+        path = interpolated_texts(model, tokenizer, start, end, spec.steps, spec.seed, decoding)
         steps = {f"step {step}": text for step, text in enumerate(path, start=1)}
-        rows.append({"from": texts[0], **steps, "to": texts[1]})
+        rows.append({"from": start, **steps, "to": end})
     return rows
 
 
