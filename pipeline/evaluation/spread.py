@@ -67,6 +67,8 @@ def started(
     import ray
 
     remote = ray.remote(Evaluator).options(
+        # Within a trial of a search: not in the share of a CPU that the trial's driver has.
+        scheduling_strategy="DEFAULT",
         num_cpus=workers.cpus,
         num_gpus=1 if workers.gpu else 0,
         max_restarts=_RESTARTS,

@@ -16,7 +16,7 @@ from pipeline.specs import EvaluateSpec, TuneSpec
 from pipeline.stages import evaluate as evaluate_stage
 from pipeline.stages import train as train_stage
 from pipeline.storage import Location
-from pipeline.training.metrics import read_rows
+from pipeline.training.metrics import SUMMARY, VALID_KEYS, read_rows
 from pipeline.tuning.space import EVALUATED, EVALUATED_PREFIX, with_settings
 
 EVALUATED_FILE = "evaluated.json"
@@ -31,16 +31,15 @@ def trainable(spec: TuneSpec, dataset: Location, output: Location) -> Callable[.
 
         _let_ray_train_find_its_ray()
         folder = output / "trials" / tune.get_context().get_trial_id()
-        trainer = train_stage.build_trainer(
-            with_settings(spec.trial, settings), dataset, folder, callbacks=[TuneReportCallback()]
-        )
+        trained = with_settings(spec.trial, settings)
+        was_done = (folder / SUMMARY).is_file()  # just before the search was killed
         try:
-            trainer.fit()
-            if spec_needs_evaluation(spec):
-                figures = _evaluated(spec, dataset, folder)
-                last = [row for row in read_rows(folder) if row["kind"] == "valid"][-1]
-                during = {spec.search.metric: last[spec.search.metric.removeprefix("valid_")]}
-                tune.report({"step": last["step"], **during, **figures})
+            if not was_done:
+                callbacks = [TuneReportCallback()]
+                train_stage.build_trainer(trained, dataset, folder, callbacks=callbacks).fit()
+            figures = _evaluated(spec, dataset, folder) if spec_needs_evaluation(spec) else {}
+            if was_done or figures:
+                tune.report(_last_validation(folder) | figures)
         except Exception as error:
             reason = user_error_within(error)
             if reason is not None:
@@ -50,6 +49,12 @@ def trainable(spec: TuneSpec, dataset: Location, output: Location) -> Callable[.
     return trial
 
 
+def _last_validation(folder: Location) -> dict[str, Any]:
+    """What a trial that is done reported last."""
+    last = [row for row in read_rows(folder) if row["kind"] == "valid"][-1]
+    return {"step": last["step"]} | {f"valid_{key}": last[key] for key in VALID_KEYS}
+
+
 def spec_needs_evaluation(spec: TuneSpec) -> bool:
     """Whether an objective is measured at a trial's end."""
     return any(name.startswith(EVALUATED_PREFIX) for name in spec.search.goals)
@@ -57,6 +62,10 @@ def spec_needs_evaluation(spec: TuneSpec) -> bool:
 
 def _evaluated(spec: TuneSpec, dataset: Location, folder: Location) -> dict[str, float]:
     """Figures of a trial's best weights on the validation split, by the name that goals have."""
+    file = folder / EVALUATED_FILE
+    if file.is_file():
+        known: dict[str, float] = file.read_json()
+        return known
     search, train = spec.search, spec.trial.train
     settings = {
         "max_documents": search.evaluate_documents,
@@ -74,7 +83,7 @@ def _evaluated(spec: TuneSpec, dataset: Location, folder: Location) -> dict[str,
         folder / "evaluation",
     )
     found = {f"{EVALUATED_PREFIX}{n}": float(figures[n]) for n in EVALUATED if n in figures}
-    (folder / EVALUATED_FILE).write_json(found)
+    file.write_json(found)
     return found
 
 

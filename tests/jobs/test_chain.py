@@ -134,26 +134,28 @@ def test_chain_cancelled_from_elsewhere_stops_and_goes_on(tmp_path):
         "data.corpus=text", f"data.corpus.train={corpus}", *SMALL, "model.train.num_workers=1",
         "model.train.max_steps=100000",
     ]  # fmt: skip
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-    for line in driver.stdout:
-        if line.startswith("train") and "steps" in line:
-            break
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as driver:
+        for line in driver.stdout:
+            if line.startswith("train") and "steps" in line:
+                break
 
-    def action(name):
-        return subprocess.run(
-            [*command, f"action={name}"],
-            cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200,
-        )  # fmt: skip
+        def action(name):
+            return subprocess.run(
+                [*command, f"action={name}"],
+                cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200,
+            ).stdout  # fmt: skip
 
-    running = action("status").stdout
-    assert "running" in running
-    assert "steps/s" in running  # live, from another process
-    assert "asked process" in action("cancel").stdout
-    assert driver.wait(timeout=60) == 130
-    driver.stdout.close()
-    assert "cancelled" in action("status").stdout
-    assert "it goes on from what it left" in action("plan").stdout
-    assert "steps/s" in action("logs").stdout
+        try:
+            running = action("status")
+            assert "running" in running
+            assert "/100,000 steps" in running  # live, from another process
+            assert "asked process" in action("cancel")
+            assert driver.wait(timeout=60) == 130
+        finally:
+            driver.kill()
+    assert "cancelled" in action("status")
+    assert "it goes on from what it left" in action("plan")
+    assert "/100,000 steps" in action("logs")
 
 
 def test_chain_status_tells_what_ran(chain):
