@@ -100,23 +100,48 @@ def mauve(texts: Sequence[str], references: Sequence[str], model: str) -> float:
     import mauve as package
 
     result: Any = package.compute_mauve(
-        p_text=list(references),
-        q_text=list(texts),
-        featurize_model_name=model,
+        p_features=_text_features(references, model),
+        q_features=_text_features(texts, model),
         device_id=-1,
         verbose=False,
     )
     return float(result.mauve)
 
 
+def _text_features(texts: Sequence[str], folder: str) -> np.ndarray:
+    """Hidden state of each text's last token after the last layer, as MAUVE's authors take it.
+
+    By our own hand, because the package only knows models by their names on the hub.
+    """
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    model = model.eval()
+    longest = getattr(model.config, "max_position_embeddings", None)
+    # An empty text has no last token: the tokenizer's end stands for it.
+    empty = [tokenizer.eos_token_id or 0]
+    rows = []
+    with torch.inference_mode():
+        for text in texts:
+            ids = tokenizer(text)["input_ids"][:longest] or empty
+            hidden = model(torch.tensor([ids])).last_hidden_state
+            rows.append(hidden[0, -1].float().numpy())
+    return np.stack(rows)
+
+
 def bertscore(
     texts: Sequence[str], references: Sequence[str], model: str, layer: int | None
 ) -> np.ndarray:
     """BERTScore F1 (Zhang et al. 2020) of each text against its reference."""
-    from bert_score import score
+    from bert_score import BERTScorer
     from transformers import AutoConfig
 
-    chosen = layer or AutoConfig.from_pretrained(model).num_hidden_layers
-    _, _, f1 = score(list(texts), list(references), model_type=model, num_layers=chosen)
+    config = AutoConfig.from_pretrained(model)
+    scorer = BERTScorer(model_type=model, num_layers=layer or config.num_hidden_layers)
+    # A tokenizer that was saved without a bound has 1e30, which tokenizers refuse.
+    tokenizer = scorer._tokenizer
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    _, _, f1 = scorer.score(list(texts), list(references))
     values: np.ndarray = f1.double().numpy()
     return values
