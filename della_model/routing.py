@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from della_model.errors import ConfigError
 from della_model.fusion import LatentMemory, ValueFusion
 from della_model.fusion.memory import ATTENTION_WITH_MEMORY
 from della_model.shapes import Float
@@ -80,8 +81,17 @@ def place_memory(attention: SelfAttention, memory: LatentMemory) -> None:
 
     An attention function of our own adds them. It is named in a configuration of this module alone,
     because the trunk makes its masks by the name in its own.
+
+    Raises ConfigError for an implementation whose masks that function does not read.
     """
     module: Any = attention.module
+    implementation = module.config._attn_implementation
+    if implementation not in ("sdpa", "eager", None):
+        raise ConfigError(
+            f"attn_implementation: expected sdpa or eager with a fusion that has a memory, got "
+            f"{implementation!r}: another key needs a column of the mask; use sdpa, or another "
+            "fusion."
+        )
     module.latent_memory = memory
     module.config = copy.copy(module.config)
     module.config._attn_implementation = ATTENTION_WITH_MEMORY

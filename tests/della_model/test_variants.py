@@ -5,7 +5,10 @@ import copy
 import pytest
 import torch
 
-from della_model import FUSIONS, LATENTS, Della, DellaConfig, Objective
+from della_model import FUSIONS, LATENTS, ConfigError, Della, DellaConfig, Objective
+from della_model.backbones import BACKBONES
+from della_model.fusion import LatentMemory
+from della_model.routing import place_memory
 
 GREEDY = {"max_new_tokens": 9, "do_sample": False}
 VARIANTS = [
@@ -136,3 +139,11 @@ def test_variant_fresh_decoder_is_the_backbone(backbone_config, batch, fusion, l
     ours = model(*batch, latents=3 * model.sample_prior(5)).logits
     unpadded = batch.attention_mask.bool()
     torch.testing.assert_close(ours[unpadded], expected[unpadded])
+
+
+def test_memory_with_an_attention_whose_mask_it_cannot_read_says_so(backbone_config):
+    backbone = BACKBONES["gpt2"].build(backbone_config())
+    backbone.config._attn_implementation = "flash_attention_2"
+    attention = BACKBONES["gpt2"].self_attentions(backbone)[0]
+    with pytest.raises(ConfigError, match="expected sdpa or eager .* got 'flash_attention_2'"):
+        place_memory(attention, LatentMemory(2, 11, 5))
