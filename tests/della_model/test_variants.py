@@ -145,5 +145,5 @@ def test_memory_with_an_attention_whose_mask_it_cannot_read_says_so(backbone_con
     backbone = BACKBONES["gpt2"].build(backbone_config())
     backbone.config._attn_implementation = "flash_attention_2"
     attention = BACKBONES["gpt2"].self_attentions(backbone)[0]
-    with pytest.raises(ConfigError, match="expected sdpa or eager .* got 'flash_attention_2'"):
+    with pytest.raises(ConfigError, match=r"expected sdpa or eager .* got 'flash_attention_2'"):
         place_memory(attention, LatentMemory(2, 11, 5))
