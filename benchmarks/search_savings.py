@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--cpus", type=int, default=3, help="3: two trials of a worker at once")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as storage:
         dataset = run(
@@ -64,7 +65,7 @@ def search(
         "model.context=256", f"train.max_steps={options.steps}", "train.batch_tokens=2048",
         f"train.eval_every={max(options.steps // 6, 1)}", "train.eval_documents=200",
         "train.checkpoint_every=1000", "train.warmup_steps=10", "deepspeed=zero0",
-        f"train.num_workers={options.workers}",
+        f"train.num_workers={options.workers}", f"cluster.num_cpus={options.cpus}",
     )  # fmt: skip
     record = json.loads((Path(folder) / "artifact.json").read_text())
     return record["figures"], time.monotonic() - started
