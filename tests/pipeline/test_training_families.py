@@ -31,6 +31,8 @@ from tests.pipeline.train_data import train_spec
 
 pytestmark = pytest.mark.slow
 VOCABULARY, CONTEXT = 300, 64
+# T5 1.1 differs from T5 in nothing that sharding could touch.
+TRAINED = {family: config for family, config in FAMILIES.items() if family != "t5 v1.1"}
 LORA = {"trainable": "lora", "lora": {"rank": 3, "alpha": 6}}
 
 
@@ -118,7 +120,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dataset]:
 def cases_of(folder: Path) -> dict[str, tuple[TrainSpec, str, Path | None]]:
     """Name → spec, dataset, where to export."""
     cases: dict[str, tuple[TrainSpec, str, Path | None]] = {}
-    for family, config in FAMILIES.items():
+    for family, config in TRAINED.items():
         backbone = write_backbone(family, folder)
         data = "pairs" if BACKBONES[config.model_type].is_encoder_decoder else "texts"
         for stage in range(4):
@@ -151,7 +153,7 @@ def ran(cases: Any, datasets: dict[str, Dataset], folder: Path) -> Path:
     return folder
 
 
-NAMES = [f"{family}-{stage}" for family in FAMILIES for stage in range(4)] + [
+NAMES = [f"{family}-{stage}" for family in TRAINED for stage in range(4)] + [
     "llama-pairs-3", "gpt2-lora-0", "gpt2-lora-3", "llama-lora-0", "llama-lora-3",
     "qwen3-latents-3", "llama-checkpointed-3",
 ]  # fmt: skip
