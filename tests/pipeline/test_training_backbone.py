@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import multiprocessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.errors import UserError
@@ -139,6 +140,11 @@ def test_backbone_unknown_low_rank_target_names_those_there_are(backbone: Path) 
 @pytest.mark.parametrize("switch", ["activation_checkpointing", "compile"])
 @pytest.mark.slow
 def test_backbone_switches_leave_loss_and_gradients(backbone: Path, switch: str) -> None:
+    # In a process of its own: pytest's capturing of logs would switch the compiler's tracing on.
+    multiprocessing.spawn(compare_switched, (backbone, switch), nprocs=1)
+
+
+def compare_switched(_: int, backbone: Path, switch: str) -> None:
     from della_model import Objective
 
     ids = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(1))
