@@ -16,7 +16,12 @@ from pipeline.specs import TrainSpec
 from pipeline.storage import Location
 from pipeline.training.deepspeed_config import check_extra
 from pipeline.training.metrics import SUMMARY, read_rows
-from pipeline.training.model import Vocabulary, check_backbone_tokenizer, della_config
+from pipeline.training.model import (
+    Vocabulary,
+    check_backbone_tokenizer,
+    check_objective,
+    della_config,
+)
 
 if TYPE_CHECKING:
     from della_model import DellaConfig
@@ -73,6 +78,7 @@ def check_inputs(spec: TrainSpec, dataset_folder: Location) -> None:
     splits += [dataset.split("valid")] if "valid" in dataset.split_names else []
     check_backbone_tokenizer(spec, dataset)
     config = della_config(spec, Vocabulary.of(dataset), splits[0].is_conditional)
+    check_objective(spec, config)
     for split in splits:
         check_context(split, config, from_scratch=spec.model.backbone is None)
     batch_order(spec, splits[0])

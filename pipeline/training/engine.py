@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from della_model import ConfigError, Della, Objective
-from pipeline.errors import UserError
+from della_model import Della
 from pipeline.specs import TrainSpec
+from pipeline.training.model import build_objective
 
 
 def prepare_process(cpus: int, use_gpu: bool) -> torch.device:
@@ -56,25 +56,6 @@ def start_engine(spec: TrainSpec, model: Della, config: dict[str, Any]) -> Any:
     )
     keep_grad_norm(engine)
     return engine
-
-
-def build_objective(spec: TrainSpec, model: Della) -> Objective:
-    """What the spec minimises.
-
-    Raises:
-        UserError: if its terms do not fit the model.
-    """
-    train = spec.train
-    try:
-        return Objective(
-            model,
-            free_bits=train.free_bits,
-            free_bits_per=train.free_bits_per,
-            kl_layers=train.kl_layers,
-            bag_of_words=train.bag_of_words,
-        )
-    except ConfigError as error:
-        raise UserError(f"train.{error}") from None
 
 
 def keep_grad_norm(engine: Any) -> None:

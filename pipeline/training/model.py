@@ -12,7 +12,7 @@ from pipeline.specs import TrainSpec
 from pipeline.storage import Location, local_copy
 
 if TYPE_CHECKING:
-    from della_model import BetaSchedule, Della, DellaConfig, LearningRateSchedule
+    from della_model import BetaSchedule, Della, DellaConfig, LearningRateSchedule, Objective
     from pipeline.batches import BatchOrder
     from pipeline.shards import Dataset
 
@@ -192,6 +192,41 @@ def set_dropout(model: Della, probability: float) -> None:
     for name in _DROPOUTS:
         if hasattr(backbone, name):
             setattr(backbone, name, probability)
+
+
+def build_objective(spec: TrainSpec, model: Della) -> Objective:
+    """What the spec minimises.
+
+    Raises:
+        UserError: if its terms do not fit the model.
+    """
+    from della_model import ConfigError, Objective
+
+    train = spec.train
+    try:
+        return Objective(
+            model,
+            free_bits=train.free_bits,
+            free_bits_per=train.free_bits_per,
+            kl_layers=train.kl_layers,
+            bag_of_words=train.bag_of_words,
+        )
+    except ConfigError as error:
+        raise UserError(f"train.{error}") from None
+
+
+def check_objective(spec: TrainSpec, config: DellaConfig) -> None:
+    """Check that the loss's terms fit the model, without making its weights.
+
+    Raises:
+        UserError: as `build_objective` does.
+    """
+    import torch
+
+    from della_model import Della
+
+    with torch.device("meta"):
+        build_objective(spec, Della(config))
 
 
 def beta_schedule(spec: TrainSpec, total_steps: int) -> BetaSchedule:

@@ -241,6 +241,11 @@ def test_run_that_diverges_stops_and_names_its_last_checkpoint(tmp_path: Path) -
         ({"model__size": "tinny"}, r"model.size.*tinny.*tiny"),
         ({"model__fusion": "low_rnk"}, r"model.fusion.*low_rnk.*low_rank"),
         ({"model__latent_layers": (2, 9)}, r"model.latent_layers.*0 to 3"),
+        ({"train__kl_layers": (0, 9)}, r"train.kl_layers.*from 0 to 3.*got 9"),
+        (
+            {"model__latents": "none", "train__bag_of_words": 0.5},
+            r"train.bag_of_words.*without latents",
+        ),
         ({"train__batch_tokens": 16}, r"longest document.*train.batch_tokens=16"),
         ({"deepspeed__extra": {"zero": 1}}, r"deepspeed.extra.zero is no section"),
         ({"model__size": None, "model__backbone": "/no/such"}, r"model.backbone=/no/such cannot"),

@@ -19,9 +19,14 @@ from pipeline.batches import Position
 from pipeline.shards import Dataset
 from pipeline.specs import TrainSpec
 from pipeline.storage import Location
-from pipeline.training.engine import build_objective
 from pipeline.training.loader import Padding, Share, TrainLoader
-from pipeline.training.model import Vocabulary, beta_schedule, build_model, learning_rate_schedule
+from pipeline.training.model import (
+    Vocabulary,
+    beta_schedule,
+    build_model,
+    build_objective,
+    learning_rate_schedule,
+)
 from pipeline.training.setup import batch_order
 from pipeline.training.trainable import set_trainable
 from tests.pipeline.train_data import small_dataset, train_spec
