@@ -28,7 +28,7 @@ demo: setup  ## Train and evaluate a small DELLA on Python's own documentation (
 	$(RUN) jobs/run.py job=demo
 
 test: lint  ## Lint, types and the whole test suite
-	$(RUN) -m pytest
+	$(RUN) -m pytest --durations=20
 
 check: lint fast  ## Lint, types, import contracts and the fast tests (under two minutes)
 
