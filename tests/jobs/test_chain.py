@@ -93,7 +93,7 @@ def test_chain_with_another_key_reuses_what_does_not_depend_on_it(chain):
     states = {line.split("│")[1].strip(): line.split("│")[3].strip() for line in lines}
     states.pop("", None)
     assert states["data"] == states["model"] == "done"
-    assert states["figures"] == states["page"] == "to run"
+    assert states["figures"] == states["page"] == "stale"
 
 
 def test_chain_killed_at_every_stage_goes_on(tmp_path):
