@@ -268,10 +268,7 @@ def _tokenised(units: list[Unit], recipe: Recipe) -> Generator[UnitRecord]:
     cpus = int(ray.cluster_resources().get("CPU", 1))
     # Actors rather than tasks: with units waiting at each, none is idle while the driver looks.
     pool = ray.data.ActorPoolStrategy(
-        min_size=1,
-        initial_size=max(1, min(cpus, len(units))),
-        max_size=len(units),
-        max_tasks_in_flight_per_actor=_UNITS_IN_FLIGHT,
+        size=max(1, min(cpus, len(units))), max_tasks_in_flight_per_actor=_UNITS_IN_FLIGHT
     )
     with _quiet_ray_data():
         # One block a unit, so that each is a call of its own.

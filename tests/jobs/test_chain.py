@@ -240,7 +240,7 @@ def test_tune_finds_a_best_trial_that_train_takes(chain, tmp_path):
     trials = json.loads((search / "trials.json").read_text())
     assert len(trials) == record["figures"]["num_trials"] == 2
     assert all(trial["error"] is None for trial in trials)
-    values = [trial["value"] for trial in trials]
+    values = [trial["values"]["valid_negative_elbo"] for trial in trials]
     assert record["figures"]["best_value"] == min(values)
     trained = artifact_of(run("train", *settings, f"from_trial={search}", cwd=tmp_path))
     spec = json.loads((trained / "artifact.json").read_text())["spec"]
