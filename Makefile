@@ -30,7 +30,7 @@ demo: setup  ## Train and evaluate a small DELLA on Python's own documentation (
 test: lint  ## Lint, types and the whole test suite
 	$(RUN) -m pytest --durations=20
 
-check: lint fast  ## Lint, types, import contracts and the fast tests (under two minutes)
+check: lint fast  ## Lint, types, import contracts and the fast tests
 
 lint: setup
 	$(VENV)/bin/ruff check .
