@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import yaml
+from commands import ROOT, run_job
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
 TARGET = 1.05
 
 
@@ -53,7 +50,7 @@ def main() -> None:
 
 def chain(storage: str, settings: list[str]) -> None:
     """The job as one command."""
-    run("run", ["job=demo", f"storage={storage}", *settings])
+    run_job("run", "job=demo", f"storage={storage}", *settings)
 
 
 def by_hand(storage: str, settings: list[str]) -> None:
@@ -67,7 +64,7 @@ def by_hand(storage: str, settings: list[str]) -> None:
                    if part.startswith(f"{name}."))  # fmt: skip
         given = {key: value for key, value in entry.items() if key != "run"} | own
         arguments = [f"{key}={resolved(value, folders)}" for key, value in given.items()]
-        folders[name] = run(entry["run"], [*arguments, f"storage={storage}"])
+        folders[name] = run_job(entry["run"], *arguments, f"storage={storage}")
 
 
 def resolved(value: Any, folders: dict[str, str]) -> str:
@@ -76,17 +73,6 @@ def resolved(value: Any, folders: dict[str, str]) -> str:
     if text.startswith("${stage:"):
         return folders[text.removeprefix("${stage:").removesuffix("}")]
     return text
-
-
-def run(job: str, arguments: list[str]) -> str:
-    """Run a command; return the folder that it prints last."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "jobs" / f"{job}.py", *arguments],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode != 0:
-        sys.exit(f"{job} {' '.join(arguments)} failed:\n{done.stdout}\n{done.stderr}")
-    return done.stdout.strip().splitlines()[-1].removeprefix("artifact: ")
 
 
 if __name__ == "__main__":

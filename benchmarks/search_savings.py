@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from commands import run_job
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
 SPACE = (
     "search.space={train.learning_rate: {loguniform: [1.0e-4, 3.0e-2]}, "
     "train.free_bits: {uniform: [0.0, 1.0]}}"
@@ -35,7 +33,7 @@ def main() -> None:
     parser.add_argument("--cpus", type=int, default=3, help="3: two trials of a worker at once")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as storage:
-        dataset = run(
+        dataset = run_job(
             "preprocess", "corpus=text", f"storage={storage}", "tokenizer.vocab_size=2000",
             *(f"corpus.{split}={options.text / split}.txt" for split in ("train", "valid", "test")),
         )  # fmt: skip
@@ -59,7 +57,7 @@ def search(
 ) -> tuple[dict[str, Any], float]:
     """The figures of one search, and its seconds."""
     started = time.monotonic()
-    folder = run(
+    folder = run_job(
         "tune", f"dataset={dataset}", f"storage={storage}", f"num_trials={options.trials}",
         "search.sampler=random", f"search.scheduler={scheduler}", SPACE, "model=tiny",
         "model.context=256", f"train.max_steps={options.steps}", "train.batch_tokens=2048",
@@ -69,17 +67,6 @@ def search(
     )  # fmt: skip
     record = json.loads((Path(folder) / "artifact.json").read_text())
     return record["figures"], time.monotonic() - started
-
-
-def run(job: str, *arguments: str) -> str:
-    """Run a command; return the folder that it prints last."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "jobs" / f"{job}.py", *arguments],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode != 0:
-        sys.exit(f"{job} {' '.join(arguments)} failed:\n{done.stdout}\n{done.stderr}")
-    return done.stdout.strip().splitlines()[-1].removeprefix("artifact: ")
 
 
 if __name__ == "__main__":

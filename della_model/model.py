@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import tempfile
-from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +20,13 @@ from transformers import (
 
 from della_model.backbones import BACKBONES
 from della_model.backbones.base import Encoded, encode
-from della_model.card import model_card
 from della_model.condition import Condition, Joined, Reading, beside, padded_left
 from della_model.config import DellaConfig, check_supported
 from della_model.errors import InputError
 from della_model.fusion import FUSIONS, Fusion, LatentMemory, Shift
 from della_model.gaussian import at_least_float32
 from della_model.head import VocabularyHead
+from della_model.hub import HubInterface
 from della_model.latents import LatentChain, LatentSample
 from della_model.outputs import DellaOutput, ElboTerms
 from della_model.pooling import Pooling
@@ -41,7 +38,7 @@ from della_model.texts import TextInterface
 _SOURCE_OPTIONS = {"revision", "subfolder", "cache_dir", "token", "local_files_only"}
 
 
-class Della(TextInterface, PreTrainedModel, GenerationMixin):
+class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
     """Encoder and decoder are one backbone, run twice, or two of one shape.
 
     1. `features`: the encoder without latents, every position seeing every other; hidden states
@@ -402,38 +399,6 @@ class Della(TextInterface, PreTrainedModel, GenerationMixin):
         dtype = torch.promote_types(self.dtype, torch.float32)
         device = self.device if generator is None else generator.device
         return torch.randn(shape, generator=generator, dtype=dtype, device=device).to(self.device)
-
-    def save_for_hub(
-        self,
-        folder: str | PathLike[str],
-        name: str,
-        manifest: Mapping[str, Any] | None = None,
-        figures: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Writes weights, tokenizer and a model card, README.md, as a hub shows them."""
-        self.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        card = model_card(name, self.config, manifest, figures)
-        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        manifest: Mapping[str, Any] | None = None,
-        figures: Mapping[str, Any] | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        **upload: Any,
-    ) -> Any:
-        """Uploads what `save_for_hub` writes; `upload` goes to huggingface_hub's upload_folder."""
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_for_hub(folder, repo_id, manifest, figures)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, **upload)
 
     # --- parts -----------------------------------------------------------------------------------
 

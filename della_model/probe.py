@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from della_model.condition import Condition, Reading
-from della_model.model import Della
+from della_model.model import Della, predicted_tokens
 from della_model.shapes import Bool, Float, Int
 
 
@@ -38,8 +38,7 @@ def swap_effect(
     Under teacher forcing, on predicted tokens. Logits are compared after their mean over the
     vocabulary is taken away, for a shift of all of them changes nothing.
     """
-    unpadded = attention_mask.bool()
-    predicted = (unpadded & (unpadded.long().cumsum(-1) > 1))[:, 1:]
+    predicted = predicted_tokens(attention_mask.bool())[:, 1:]
     targets = input_ids[:, 1:, None]
     reading = None if condition is None else model.read(condition)
     own = _log_probabilities(model, input_ids, attention_mask, latents, reading)

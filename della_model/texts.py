@@ -95,8 +95,8 @@ class TextInterface:
     ) -> list[str]:
         """A text for each document's latents; greedy unless `options` of `generate` say else."""
         given = latents.latents if isinstance(latents, EncodedTexts) else latents
-        room = self.config.backbone.max_position_embeddings
-        options = {"do_sample": False, "max_new_tokens": min(max_new_tokens, room), **options}
+        room = min(max_new_tokens, self.config.context)
+        options = {"do_sample": False, "max_new_tokens": room, **options}
         ids = self.generate(latents=given, **options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 

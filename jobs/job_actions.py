@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from jobs.job_table import print_plan, print_status
-from pipeline.chain import Chain, Outcome, Selection
+from pipeline.chain.driver import Chain, Outcome, Selection
+from pipeline.chain.job_spec import JobSpec
+from pipeline.chain.kuberay import manifest
+from pipeline.chain.room import whole_cluster
+from pipeline.chain.stage_log import read_log
 from pipeline.cluster import connected
 from pipeline.errors import UserError
-from pipeline.job_spec import JobSpec
-from pipeline.kuberay import manifest
 from pipeline.lease import holder_of, request_cancel
-from pipeline.room import whole_cluster
 from pipeline.runner import Planned
 from pipeline.specs.render import RenderSpec
-from pipeline.stage_log import read_log
 from pipeline.storage import Location
 
 _CANCEL_S = 60.0

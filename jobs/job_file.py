@@ -22,8 +22,8 @@ from jobs.entry import (
     plain,
     trial_overrides,
 )
+from pipeline.chain.job_spec import JobSpec, JobStage, Source, StageReference, TrialSettings
 from pipeline.errors import UserError, nearest
-from pipeline.job_spec import JobSpec, JobStage, Source, StageReference, TrialSettings
 from pipeline.runner import KINDS, StageKind, kind_of
 from pipeline.specs import ClusterSpec, Spec
 from pipeline.specs.job import StageOptions

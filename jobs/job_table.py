@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.artifact import Artifact, code_version
-from pipeline.chain import Selection
-from pipeline.changes import Records, differences
-from pipeline.estimate import estimate
-from pipeline.job_spec import JobSpec, JobStage, Undetermined
+from pipeline.chain.changes import Records, differences
+from pipeline.chain.driver import Selection
+from pipeline.chain.estimate import estimate
+from pipeline.chain.job_spec import JobSpec, JobStage, Undetermined
 from pipeline.lease import holder_of
 from pipeline.progress import duration
 from pipeline.runner import Label, Planned

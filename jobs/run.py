@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from jobs.entry import Config, run_job  # noqa: E402
 from jobs.job_actions import ACTIONS, render  # noqa: E402
 from jobs.job_file import expand_arguments, file_of_arguments, job_from_config  # noqa: E402
-from pipeline.chain import Selection  # noqa: E402
+from pipeline.chain.driver import Selection  # noqa: E402
 from pipeline.cluster import refuse_storage_that_vanishes  # noqa: E402
 from pipeline.errors import UserError, nearest  # noqa: E402
 from pipeline.specs.render import RenderSpec  # noqa: E402

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.specs.cluster import ClusterSpec
 from pipeline.storage import Location
 
@@ -71,7 +71,7 @@ def _start(spec: ClusterSpec) -> None:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"no Ray cluster answers at '{address}' ({_first_line(error)}): start one with "
+            f"no Ray cluster answers at '{address}' ({first_line(error)}): start one with "
             "'ray start --head', or unset cluster.address and RAY_ADDRESS to run on this machine."
         ) from None
 
@@ -79,10 +79,6 @@ def _start(spec: ClusterSpec) -> None:
 def is_local_ray() -> bool:
     """Whether the connected Ray was started by one of our own processes, for this machine alone."""
     return bool(os.environ.get(LOCAL_RAY)) or _started_here.is_set()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def require_cpus(workers: int, cpus_per_worker: int, others: int, what: str) -> None:

@@ -22,6 +22,11 @@ class UserError(Exception):
         return (type(self), (self.message,))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the choice most like `word`, or "" when none is like it."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)

@@ -5,7 +5,6 @@ Light to import: a plan of many stages asks for these, and must not load torch f
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 
 from pipeline.artifact import digest
@@ -15,7 +14,6 @@ from pipeline.storage import Location
 # Settings of an evaluation that name a further model, which judges texts.
 _JUDGES = ("reference_model", "mauve_model", "bertscore_model")
 _CONTENT = (".safetensors", ".bin", ".json", ".txt")
-_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -104,9 +102,5 @@ def _sha256(file: Location) -> str:
     info = file.info()
     key = (str(file), info.size, info.mtime_ns or 0)
     if key not in _seen:
-        found = hashlib.sha256()
-        with file.filesystem.open_input_stream(file.path, compression=None) as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                found.update(chunk)
-        _seen[key] = found.hexdigest()
+        _seen[key] = file.sha256()
     return _seen[key]

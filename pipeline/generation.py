@@ -112,7 +112,7 @@ def reconstruct_texts(
                 "reconstructed from none; delete the line."
             )
     documents = list(encoder_of(tokenizer).encode(texts))
-    context = context_of(model)
+    context = model.config.context
     for number, document in enumerate(documents, start=1):
         if len(document) > context:
             raise UserError(
@@ -180,7 +180,7 @@ def texts_for_sources(
         )
     documents = list(encoder_of(tokenizer).encode(sources))
     # A decoder-only model has the source before the text, which needs a place for BOS at least.
-    room = context_of(model) - (0 if model.config.adapter.is_encoder_decoder else 2)
+    room = model.config.context - (0 if model.config.adapter.is_encoder_decoder else 2)
     for number, document in enumerate(documents, start=1):
         if len(document) > room:
             raise UserError(
@@ -218,12 +218,6 @@ def target_texts(
     return decode_latents(model, tokenizer, latents, decoding, seed, numbers, condition)
 
 
-def context_of(model: Della) -> int:
-    """Longest document of a model, in tokens with BOS and EOS."""
-    longest: int = model.config.context
-    return longest
-
-
 def decode_latents(
     model: Della,
     tokenizer: Any,
@@ -239,7 +233,7 @@ def decode_latents(
     """
     import torch
 
-    context = context_of(model)
+    context = model.config.context
     if condition is not None and condition.states is None:
         context -= int(condition.condition.attention_mask.sum(-1).max())
     special = special_ids(tokenizer)

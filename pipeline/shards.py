@@ -8,7 +8,6 @@ read: damage is found before training sees it, without reading a part for that a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -37,7 +36,6 @@ SCHEMA = pa.schema(
 CONDITIONAL_SCHEMA = SCHEMA.append(
     pa.field("condition_ids", SCHEMA.field("input_ids").type)
 ).append(pa.field("condition_length", pa.int32(), nullable=False))
-_READ_BYTES = 1 << 20
 _READ_THREADS = 8
 
 
@@ -250,11 +248,7 @@ class Split:
             raise self._damaged(part, "it is missing")
         if info.size != part.bytes:
             raise self._damaged(part, f"it has {info.size} bytes, not {part.bytes}")
-        found = hashlib.sha256()
-        with file.filesystem.open_input_stream(file.path, compression=None) as stream:
-            while chunk := stream.read(_READ_BYTES):
-                found.update(chunk)
-        if found.hexdigest() != part.sha256:
+        if file.sha256() != part.sha256:
             raise self._damaged(part, "its checksum is another")
 
     def _column(self, name: str) -> np.ndarray:

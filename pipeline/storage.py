@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pipeline.errors import UserError
+
+_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,19 @@ class Location:
         """Read the whole file."""
         with self.filesystem.open_input_stream(self.path, compression=None) as stream:
             return stream.read()
+
+    def chunks(self) -> Iterator[bytes]:
+        """Read the file from beginning to end, a few megabytes at a time."""
+        with self.filesystem.open_input_stream(self.path, compression=None) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                yield chunk
+
+    def sha256(self) -> str:
+        """Checksum of the file's content, in hex."""
+        found = hashlib.sha256()
+        for chunk in self.chunks():
+            found.update(chunk)
+        return found.hexdigest()
 
     def write_bytes(self, data: bytes) -> None:
         """Write the whole file; a reader sees the old content or the new, never half of it."""

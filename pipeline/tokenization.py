@@ -21,7 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pipeline.artifact import digest
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.shards import Documents
 from pipeline.storage import Location
 
@@ -211,7 +211,7 @@ def _from_pretrained(folder: str) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the Rust side raises bare Exception
         raise UserError(
-            f"the tokenizer in {folder} cannot be read ({_first_line(error)}): a file there is "
+            f"the tokenizer in {folder} cannot be read ({first_line(error)}): a file there is "
             "damaged or was edited; restore it, or run preprocess again."
         ) from None
 
@@ -237,7 +237,7 @@ def load_gpt2(folder: Location, special: Mapping[str, str] | None = None) -> Any
         except Exception as error:  # the Rust side raises bare Exception
             raise UserError(
                 f"vocab.json and merges.txt in {folder} cannot be read as a byte-level BPE "
-                f"({_first_line(error)}): one of them is damaged, or they do not belong together; "
+                f"({first_line(error)}): one of them is damaged, or they do not belong together; "
                 "fetch both again."
             ) from None
     if backend.token_to_id(GPT2_SPECIAL) is None:
@@ -265,7 +265,7 @@ def load_hf(path: str, special: Mapping[str, str] | None = None) -> Any:
         loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise UserError(
-            f"tokenizer.path={path} gives no tokenizer ({_first_line(error)}): expected a folder "
+            f"tokenizer.path={path} gives no tokenizer ({first_line(error)}): expected a folder "
             "with tokenizer.json, or the id of a model on the Hugging Face hub that this machine "
             "can reach."
         ) from None
@@ -347,7 +347,3 @@ def fingerprint_files(folder: Location) -> str:
             "or with vocab.json and merges.txt; check the path."
         )
     return digest(found)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

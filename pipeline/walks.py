@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.batches import pad_right
 from pipeline.errors import UserError
-from pipeline.generation import Decoding, context_of, decode_latents
+from pipeline.generation import Decoding, decode_latents
 from pipeline.noise import Purpose, Stream, document_noise
 from pipeline.tokenization import encoder_of, special_ids
 
@@ -53,11 +53,11 @@ def completed_texts(
     texts: list[str] = []
     for number, document in enumerate(encoder.encode(prefixes)):
         begun = torch.from_numpy(document[:-1].astype("int64"))[None].to(model.device)
-        room = context_of(model) - begun.shape[1]
+        room = model.config.context - begun.shape[1]
         if room < 1:
             raise UserError(
                 f"text {number + 1} has {begun.shape[1]} tokens with BOS, but the model's context "
-                f"is {context_of(model)}: nothing could follow it; shorten it."
+                f"is {model.config.context}: nothing could follow it; shorten it."
             )
         noise = document_noise(Stream(seed, Purpose.PRIOR), [number], shape)
         found = model.generate(
@@ -81,10 +81,10 @@ def posterior_means(model: Della, tokenizer: Any, texts: Sequence[str]) -> torch
 
     documents = list(encoder_of(tokenizer).encode(texts))
     longest = max(map(len, documents))
-    if longest > context_of(model):
+    if longest > model.config.context:
         raise UserError(
             f"a text has {longest} tokens with BOS and EOS, but the model's context is "
-            f"{context_of(model)}: it cannot be encoded whole; shorten it."
+            f"{model.config.context}: it cannot be encoded whole; shorten it."
         )
     input_ids, mask = (tensor.to(model.device) for tensor in pad_right(documents, 0))
     with torch.inference_mode():

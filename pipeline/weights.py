@@ -5,7 +5,6 @@ Weights are a `from_pretrained` folder: `config.json`, safetensors and the token
 
 from __future__ import annotations
 
-import hashlib
 import json
 import uuid
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact, digest
 from pipeline.cluster import scratch_folder
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.storage import Location, local_copy
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 BEST = "weights/best"
 # Keys of config.json that say where and by what it was written, not what the model computes.
 _NOT_CONTENT = ("_name_or_path", "transformers_version")
-_CHUNK_BYTES = 1 << 22
 
 
 def resolve_weights(folder: Location) -> Location:
@@ -79,7 +77,7 @@ def fingerprint_weights(folder: Location) -> str:
         )
     }
     for file in files:
-        content[file.name] = _sha256(file)
+        content[file.name] = file.sha256()
     return digest(content)
 
 
@@ -131,7 +129,7 @@ def load_model(folder: Location, device: torch.device | str = "cpu") -> Della:
             )
     except Exception as error:  # safetensors raises a bare Exception of its own
         raise UserError(
-            f"{folder} cannot be loaded ({_first_line(error)}): its config and safetensors are "
+            f"{folder} cannot be loaded ({first_line(error)}): its config and safetensors are "
             "damaged or do not fit each other; train again, or give another folder."
         ) from error
     missing = sorted(loading["missing_keys"])
@@ -214,14 +212,6 @@ def _weight_files(folder: Location) -> list[Location]:
     return files
 
 
-def _sha256(file: Location) -> str:
-    found = hashlib.sha256()
-    with file.filesystem.open_input_stream(file.path, compression=None) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            found.update(chunk)
-    return found.hexdigest()
-
-
 def local_folder(folder: Location) -> Path:
     """The folder on this machine; a remote one is copied once, whoever asks at the same time."""
     if folder.is_local:
@@ -251,7 +241,3 @@ def _require_finite(model: Della, folder: Location) -> None:
             "every figure would be NaN; the training diverged: lower train.learning_rate and train "
             "again, or give an earlier checkpoint's weights."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import pyarrow as pa
 
-from pipeline.errors import UserError, nearest
+from pipeline.errors import UserError, first_line, nearest
 from pipeline.storage import Location
-
-_READ_BYTES = 4 << 20
 
 
 def chunks_of(location: Location) -> Iterator[bytes]:
@@ -20,21 +17,25 @@ def chunks_of(location: Location) -> Iterator[bytes]:
         UserError: if it cannot be read.
     """
     try:
-        with location.filesystem.open_input_stream(location.path, compression=None) as stream:
-            while chunk := stream.read(_READ_BYTES):
-                yield chunk
+        yield from location.chunks()
     except OSError as error:
-        raise UserError(
-            f"{location} cannot be read ({error}): check its permissions and the storage."
-        ) from None
+        raise _unreadable(location, error) from None
 
 
 def sha256_of(location: Location) -> str:
-    """Checksum of a file's content, in hex."""
-    found = hashlib.sha256()
-    for chunk in chunks_of(location):
-        found.update(chunk)
-    return found.hexdigest()
+    """Checksum of a file's content, in hex.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return location.sha256()
+    except OSError as error:
+        raise _unreadable(location, error) from None
+
+
+def _unreadable(location: Location, error: OSError) -> UserError:
+    return UserError(f"{location} cannot be read ({error}): check its permissions and the storage.")
 
 
 def require_text_column(source: str, name: str, schema: pa.Schema) -> None:
@@ -63,7 +64,7 @@ def require_text_column(source: str, name: str, schema: pa.Schema) -> None:
 
 def damaged(source: str, what: str, error: BaseException) -> UserError:
     """The error for a file that is cut off or corrupt."""
-    why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    why = first_line(error).rstrip(".")
     return UserError(
         f"{source} is no whole {what} file ({why}): it was cut off or damaged, and reading on "
         "would lose documents; fetch or write it again, or take it out of the corpus."

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.artifact import digest
 from pipeline.corpora.checks import sha256_of
 from pipeline.corpora.units import HubSlice, InputFile
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.shards import SPLITS
 from pipeline.specs import CorpusSpec
 from pipeline.storage import Location
@@ -101,7 +101,7 @@ def load(source: HubSlice) -> Any:
                 source.path, source.name, revision=source.revision, split=source.split
             )
     except Exception as error:  # datasets raises many kinds, its loaders any
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         raise UserError(
             f"corpus.path={source.path} gives no data set ({why}): expected a folder written by "
             "save_to_disk, a folder of data files, or the id of a data set on the Hugging Face "

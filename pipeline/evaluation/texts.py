@@ -82,7 +82,6 @@ def reconstructed(
     model: Della, tokenizer: Any, documents: Sequence[Document], settings: EvaluationSpec
 ) -> Arrays:
     """Documents and what they become: greedy from the posterior's mean, up to their own length."""
-    encoder = encoder_of(tokenizer)
     texts = [""] * len(documents)
     for batch in make_batches(documents, settings.batch_tokens, model.device):
         chosen = [documents[row] for row in batch.rows]
@@ -94,7 +93,7 @@ def reconstructed(
             texts[row] = text
     return {
         "place": np.array([document.place for document in documents]),
-        "source": as_array([encoder.decode(document.tokens).strip() for document in documents]),
+        "source": as_array(document_texts(tokenizer, documents)),
         "text": as_array(texts),
     }
 
@@ -108,18 +107,16 @@ def interpolated(
 
     z(t) = (1 − t) z_a + t z_b between the posterior means, in all layers at once.
     """
-    import torch
+    from della_model.texts import interpolated as on_the_way
 
     rows = []
     for ends in pairs:
         a, b = posterior_means(model, make_batch(ends, model.device))
-        shares = torch.linspace(0, 1, INTERPOLATION_STEPS, device=a.device)[:, None, None]
-        path = (1 - shares) * a + shares * b
+        path = on_the_way(a, b, INTERPOLATION_STEPS)
         places = np.full(len(path), ends[0].place)
         longest = max(len(end.tokens) for end in ends)
         rows.append(_greedy(model, tokenizer, path, longest, places))
-    encoder = encoder_of(tokenizer)
-    sources = [[encoder.decode(document.tokens).strip() for document in pair] for pair in pairs]
+    sources = [document_texts(tokenizer, pair) for pair in pairs]
     return {"text": as_array(rows), "ends": as_array(sources)}
 
 

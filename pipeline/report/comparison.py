@@ -6,11 +6,11 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.artifact import Artifact, versions
+from pipeline.artifact import Artifact, flatten, versions
 from pipeline.errors import UserError
 from pipeline.evaluation.figures import ACTIVE_ABOVE, LABELS, PAPER_CONVENTION, verdict
 from pipeline.evaluation.table import TEXT_LABELS
-from pipeline.report.page import curves_of, flatten, read_metrics
+from pipeline.report.page import curves_of, read_metrics
 from pipeline.report.pairing import DocumentTable, difference
 from pipeline.report.paper import OURS_AVERAGED, PRINTED, TABLES, VALID, Corpus
 from pipeline.storage import Location

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.artifact import Artifact, versions
+from pipeline.artifact import Artifact, flatten, versions
 from pipeline.errors import UserError
 from pipeline.evaluation.figures import LABELS, collapse, verdict
 from pipeline.storage import Location
@@ -104,17 +104,6 @@ def read_metrics(folder: Location) -> list[Row]:
             f"{folder / FILE_NAME} should hold a JSON object a line but does not ({error}): it was "
             "damaged or edited; restore it, or delete the damaged lines."
         ) from None
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one table of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _require_stage(artifact: Artifact, stage: str, key: str) -> None:

@@ -13,6 +13,9 @@ from pipeline.specs.train import TrainSpec
 Mode = Literal["min", "max"]
 
 
+DRIVER_CPUS = 0.1  # of a trial's driver, which waits for its workers
+
+
 class Range(Spec):
     """What one key of the train spec may be: exactly one of the four kinds."""
 

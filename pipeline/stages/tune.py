@@ -13,6 +13,7 @@ from pipeline.cluster import connected, num_gpus, require_cpus, require_shared_s
 from pipeline.errors import UserError
 from pipeline.progress import Progress
 from pipeline.specs import TrainSpec, TuneSpec
+from pipeline.specs.tune import DRIVER_CPUS
 from pipeline.stages import train as train_stage
 from pipeline.storage import Location
 from pipeline.training.export import copy_weights
@@ -21,7 +22,6 @@ from pipeline.tuning.results import TrialResult, as_json, judged, print_trials, 
 from pipeline.tuning.space import check_search, tune_domains
 from pipeline.tuning.trial import spec_needs_evaluation, trainable
 
-DRIVER_CPUS = 0.1
 BEST, TRIALS, PAGE = "best.yaml", "trials.json", "report.html"
 
 

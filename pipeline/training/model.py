@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster import scratch_folder
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.specs import TrainSpec
 from pipeline.storage import Location, local_copy
 
@@ -340,7 +340,7 @@ def check_backbone_tokenizer(spec: TrainSpec, dataset: Dataset) -> None:
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return UserError(
         f"model.backbone={name} cannot be read ({reason}): expected a folder with config.json and "
         "weights, or a hub id that this machine can reach; check the path."

@@ -52,7 +52,7 @@ def _add_low_rank_updates(model: Della, spec: OptimizationSpec) -> None:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=names,
-        fan_in_fan_out=model.config.backbone.model_type == "gpt2",
+        fan_in_fan_out=_is_transposed(model),
     )
     inject_adapter_in_model(config, model.backbone, _ADAPTER)
     for _, part in model.latent_parts():  # peft freezes all that is not its own
@@ -76,6 +76,13 @@ def _matrices(backbone: nn.Module) -> list[str]:
         for name, module in backbone.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head and ".fusion." not in name
     ]
+
+
+def _is_transposed(model: Della) -> bool:
+    """Whether the backbone keeps its matrices as [in, out], as GPT-2's Conv1D does."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in model.backbone.modules())
 
 
 def _own_name(name: str) -> str:
@@ -133,7 +140,7 @@ def adapter_config(model: Della, spec: OptimizationSpec, base: str | None) -> di
         lora_alpha=spec.lora.alpha,
         lora_dropout=spec.lora.dropout,
         target_modules=sorted(names),
-        fan_in_fan_out=model.config.backbone.model_type == "gpt2",
+        fan_in_fan_out=_is_transposed(model),
         base_model_name_or_path=base,
         task_type=TaskType.SEQ_2_SEQ_LM if is_pair else TaskType.CAUSAL_LM,
         inference_mode=True,

@@ -15,8 +15,8 @@ import pytest
 from pyarrow import fs
 
 from pipeline.artifact import Artifact
+from pipeline.chain.stage_log import read_log
 from pipeline.lease import holder_of
-from pipeline.stage_log import read_log
 from pipeline.storage import Location
 from tests.jobs.three_nodes import free_ports
 

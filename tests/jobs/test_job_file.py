@@ -11,8 +11,8 @@ import pytest
 from jobs.entry import compose
 from jobs.job_file import expand_arguments, file_of_arguments, job_from_config
 from pipeline.artifact import Artifact, now
+from pipeline.chain.job_spec import StageReference
 from pipeline.errors import UserError
-from pipeline.job_spec import StageReference
 from pipeline.storage import Location
 
 ROOT = Path(__file__).parents[2]

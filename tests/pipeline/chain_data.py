@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import Artifact, now
-from pipeline.job_spec import JobSpec, JobStage, Source, StageReference
+from pipeline.chain.job_spec import JobSpec, JobStage, Source, StageReference
 from pipeline.specs import ClusterSpec, ReportSpec
 from pipeline.specs.job import StageOptions
 from pipeline.storage import Location

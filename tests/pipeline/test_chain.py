@@ -7,12 +7,12 @@ import threading
 import pytest
 
 from pipeline.artifact import Artifact
-from pipeline.chain import Chain, Selection
+from pipeline.chain.driver import Chain, Selection
+from pipeline.chain.job_spec import JobStage
+from pipeline.chain.room import Share
+from pipeline.chain.stage_log import read_log
 from pipeline.errors import UserError
-from pipeline.job_spec import JobStage
-from pipeline.room import Share
 from pipeline.specs import TrainSpec
-from pipeline.stage_log import read_log
 from pipeline.storage import Location
 from tests.pipeline.chain_data import after, finished_run, job_of, page
 

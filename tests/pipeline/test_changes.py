@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from pipeline.artifact import Artifact, now
-from pipeline.changes import Records, differences
-from pipeline.estimate import estimate
-from pipeline.job_spec import JobSpec, JobStage, StageReference, TrialSettings, Undetermined
+from pipeline.chain.changes import Records, differences
+from pipeline.chain.estimate import estimate
+from pipeline.chain.job_spec import JobSpec, JobStage, StageReference, TrialSettings, Undetermined
 from pipeline.runner import Label
 from pipeline.specs import ClusterSpec, EvaluateSpec, PreprocessSpec, TrainSpec, TuneSpec
 from pipeline.storage import Location

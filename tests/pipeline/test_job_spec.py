@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.artifact import Artifact, now
+from pipeline.chain.job_spec import JobSpec, JobStage, StageReference
 from pipeline.errors import UserError
-from pipeline.job_spec import JobSpec, JobStage, StageReference
 from pipeline.runner import Input, plan, run_stage
 from pipeline.specs import ClusterSpec, EvaluateSpec, PreprocessSpec, ReportSpec, TrainSpec
 from pipeline.storage import Location

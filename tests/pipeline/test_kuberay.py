@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.chain.kuberay import CODE, manifest
 from pipeline.errors import UserError
-from pipeline.kuberay import CODE, manifest
 from pipeline.specs.render import RenderSpec
 
 SCHEMA = yaml.safe_load((Path(__file__).parent / "fixtures" / "kuberay_v1.yaml").read_text())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.evaluation.blocks import Arrays
 from pipeline.specs.evaluate import EvaluationSpec
 
@@ -59,7 +59,7 @@ class ReferenceModel:
             self._tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(
                 f"evaluate.reference_model={folder} cannot be loaded ({reason}): expected a folder "
                 "with a causal language model of transformers and its tokenizer; check the path."

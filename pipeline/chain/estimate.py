@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.artifact import Artifact, digest
-from pipeline.changes import Records, flat
+from pipeline.artifact import Artifact, digest, flatten
+from pipeline.chain.changes import Records
 from pipeline.progress import duration
 from pipeline.runner import Planned
 from pipeline.shards import MANIFEST
@@ -65,7 +65,7 @@ def estimate(planned: Planned, records: Records) -> Estimate:
 
 def shape(spec: Mapping[str, Any]) -> str:
     """Two runs of one shape take the same time a row, a step, or a document."""
-    return digest({k: v for k, v in flat(spec).items() if _is_shape(k)})
+    return digest({k: v for k, v in flatten(spec).items() if _is_shape(k)})
 
 
 def _is_shape(key: str) -> bool:

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pipeline.artifact import Artifact, now
+from pipeline.chain.job_spec import JobSpec, JobStage, Undetermined
+from pipeline.chain.launch import Started, start
+from pipeline.chain.room import Share, room_beside, share_of
+from pipeline.chain.stage_log import StageLog
+from pipeline.chain.stage_process import Request
 from pipeline.errors import UserError
-from pipeline.job_spec import JobSpec, JobStage, Undetermined
-from pipeline.launch import Started, start
 from pipeline.lease import holder_of
 from pipeline.progress import duration
-from pipeline.room import Share, room_beside, share_of
 from pipeline.runner import Label, Planned
-from pipeline.stage_log import StageLog
-from pipeline.stage_process import Request
 from pipeline.storage import Location
 
 State = Literal["already done", "done", "failed", "skipped", "not run"]

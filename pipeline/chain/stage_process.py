@@ -1,6 +1,6 @@
-"""One stage of a chain, in a process of its own: what `pipeline.launch` starts.
+"""One stage of a chain, in a process of its own: what `pipeline.chain.launch` starts.
 
-    python -m pipeline.stage_process
+    python -m pipeline.chain.stage_process
 
 What to do stands in the environment, as the JSON of a `Request`. Exit codes are the jobs' own: 0
 done, 2 something the user can put right, 1 a failure, 130 interrupted.

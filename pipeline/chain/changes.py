@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipeline.artifact import Artifact
+from pipeline.artifact import Artifact, flatten
 from pipeline.runner import Label, Planned
 from pipeline.storage import Location
 
@@ -43,7 +43,7 @@ class Records:
         own = [a for a in candidates if (a.job, a.name) == (label.job, label.name)]
         if own:
             return min(own, key=lambda artifact: len(list(differences(planned, artifact))))
-        total = len(flat(planned.spec.identity())) + len(planned.input_fingerprints)
+        total = len(flatten(planned.spec.identity())) + len(planned.input_fingerprints)
         like = [(len(list(differences(planned, a))), a) for a in candidates]
         best = min(like, key=lambda pair: pair[0], default=None)
         return best[1] if best is not None and best[0] <= total / 2 else None
@@ -51,7 +51,7 @@ class Records:
 
 def differences(planned: Planned, earlier: Artifact) -> Iterator[str]:
     """Each key and input whose value is another than in an earlier artifact, with both values."""
-    before, now = flat(earlier.spec), flat(planned.spec.identity())
+    before, now = flatten(earlier.spec), flatten(planned.spec.identity())
     for key, value in now.items():
         if key not in before:  # written by a version that had no such key
             yield f"{key}: not there → {_shown(value)}"
@@ -74,17 +74,6 @@ def _input_differences(
         yield f"{name}: {old[:_SHOWN] if old else 'none'} → {new[:_SHOWN]}"
     for file in changed if before else ():
         yield f"{name} {file}: {_digits(before.get(file))} → {_digits(files.get(file))}"
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted keys; tuples as lists, as JSON has them."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return found
 
 
 def _digits(sha256: str | None) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pipeline.chain.job_spec import JobStage
 from pipeline.cluster import num_gpus, require_cpus, wants_gpu
-from pipeline.job_spec import JobStage
 from pipeline.specs import EvaluateSpec, PreprocessSpec, Spec, TrainSpec, TuneSpec
-
-TUNE_DRIVER_CPUS = 0.1  # of a trial's driver, which waits for its workers
+from pipeline.specs.tune import DRIVER_CPUS
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def _from_spec(spec: Spec, cluster: Share) -> Share:
         trial = _training(spec.trial, 1, "train.num_workers")
         if spec.max_concurrent is None:  # as many trials as there is room for
             return cluster
-        driven = trial.cpus + TUNE_DRIVER_CPUS
+        driven = trial.cpus + DRIVER_CPUS
         return Share(spec.max_concurrent * driven, spec.max_concurrent * trial.gpus)
     if isinstance(spec, EvaluateSpec):
         workers = spec.evaluate.num_workers

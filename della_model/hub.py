@@ -1,18 +1,20 @@
-"""The card of a model: what it is, what it was trained on, and how well it does."""
+"""A model on a hub: its card (what it is, what it was trained on, how well it does), its upload."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from della_model.config import DellaConfig
 
 _USE = """```python
-from transformers import AutoTokenizer
 from della_model import Della
 
-model, tokenizer = Della.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")
+model = Della.from_pretrained("{name}").eval()
 print(model.sample(4))
 print(model.reconstruct(["..."]))
 ```"""
@@ -45,7 +47,7 @@ def model_card(
         "## Model",
         _table(
             {
-                "backbone": f"{backbone.model_type}, {backbone.num_hidden_layers} layers of "
+                "backbone": f"{backbone.model_type}, {config.num_layers} layers of "
                 f"{backbone.hidden_size}, vocabulary {backbone.vocab_size:,}",
                 "latents": f"{config.latents}: {config.num_latent_layers} of size "
                 f"{config.latent_size}, in {where}",
@@ -71,3 +73,39 @@ def _is_number(value: Any) -> bool:
 def _table(rows: Mapping[str, str]) -> str:
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["| | |", "| --- | --- |", *lines])
+
+
+class HubInterface:
+    """`Della`'s way to a hub. A base of `Della`, which each `self` is."""
+
+    def save_for_hub(
+        self: Any,
+        folder: str | PathLike[str],
+        name: str,
+        manifest: Mapping[str, Any] | None = None,
+        figures: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes weights, tokenizer and a model card, README.md, as a hub shows them."""
+        self.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        card = model_card(name, self.config, manifest, figures)
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+
+    def push_to_hub(
+        self: Any,
+        repo_id: str,
+        *,
+        manifest: Mapping[str, Any] | None = None,
+        figures: Mapping[str, Any] | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        **upload: Any,
+    ) -> Any:
+        """Uploads what `save_for_hub` writes; `upload` goes to huggingface_hub's upload_folder."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_for_hub(folder, repo_id, manifest, figures)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **upload)

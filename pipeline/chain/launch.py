@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.chain.stage_process import LIFELINE, REQUEST, Request
 from pipeline.cluster import LOCAL_RAY, ROOT, is_local_ray
 from pipeline.specs.job import StageOptions
-from pipeline.stage_process import LIFELINE, REQUEST, Request
 
-_MODULE = "pipeline.stage_process"
+_MODULE = "pipeline.chain.stage_process"
 _STOP_S = 20.0  # for a stage to leave its record, before it is killed
 _ASK_EVERY_S = 1.0  # the Jobs API is asked over HTTP
 _PATIENCE_S = 120.0  # how long it may fail to answer

@@ -1,0 +1,1 @@
+"""Jobs: graphs of stages, planned, started in processes of their own, and followed."""
