@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint fast bench constraints clean
+.PHONY: help setup demo test check lint fast slow bench constraints clean
 
 help:  ## List what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,10 +27,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup  ## Train and evaluate a small DELLA on Python's own documentation (about 5 minutes)
 	$(RUN) jobs/run.py job=demo
 
-test: lint  ## Lint, types and the whole test suite
-	$(RUN) -m pytest --durations=20
+test: lint fast slow  ## Lint, types and the whole test suite
 
-check: lint fast  ## Lint, types, import contracts and the fast tests
+check: lint fast  ## Lint, types, import contracts and the fast tests (under two minutes)
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -38,8 +37,13 @@ lint: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+# A process a core, each with one thread: the models of these tests are too small to share.
 fast: setup
-	$(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n auto
+
+# One after the other: each has a Ray that takes the whole machine.
+slow: setup
+	$(RUN) -m pytest -m slow --durations=20
 
 bench: setup  ## Benchmarks' tables: make bench TEXT=FILE TOKENIZER=FOLDER (about an hour)
 	@test -n "$(TEXT)" -a -n "$(TOKENIZER)" || { echo "make bench measures on real text: give \

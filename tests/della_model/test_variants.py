@@ -33,6 +33,7 @@ def noise_for(model, count):
     return model.draw_noise(count, generator=torch.Generator().manual_seed(3)).to(model.dtype)
 
 
+@pytest.mark.slow
 @every_variant
 def test_variant_whole_loss_passes_gradcheck(
     make_model, backbone_config, documents, pad_documents, options

@@ -66,6 +66,7 @@ def words_of(dataset: Dataset) -> np.ndarray:
     return dataset.split("test").num_words_per_document()
 
 
+@pytest.mark.slow
 def test_figures_equal_a_plain_loop_over_documents(
     documents: Arrays, weights: Location, dataset: Dataset
 ) -> None:
@@ -127,6 +128,7 @@ def test_figures_equal_a_plain_loop_over_documents(
     assert "no bounds" in convention["sentence"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_tokens", [1, 40, 300])
 def test_figures_with_other_batches_are_the_same(
     documents: Arrays, weights: Location, dataset: Dataset, batch_tokens: int
