@@ -45,7 +45,7 @@ fast: setup
 slow: setup
 	$(RUN) -m pytest -m slow --durations=20
 
-bench: setup  ## Benchmarks' tables: make bench TEXT=FILE TOKENIZER=FOLDER (about an hour)
+bench: setup  ## Benchmarks' tables: make bench TEXT=FILE TOKENIZER=FOLDER
 	@test -n "$(TEXT)" -a -n "$(TOKENIZER)" || { echo "make bench measures on real text: give \
 	TEXT=FILE (a document a line) and TOKENIZER=FOLDER (GPT-2's vocab.json and merges.txt)" >&2; exit 2; }
 	PYTHONPATH=. $(RUN) benchmarks/preprocess.py --text $(TEXT) --tokenizer $(TOKENIZER)

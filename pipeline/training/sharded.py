@@ -113,7 +113,8 @@ def start_part(name: str, part: nn.Module, seed: int) -> None:
 def parameters_without_memory() -> Iterator[None]:
     """Modules made while the body runs have parameters with a shape and no storage.
 
-    Buffers are made as ever: some are computed and stand in no file.
+    Buffers are made as ever: some are computed and stand in no file. As accelerate's
+    `init_empty_weights`, which makes two parameters of one that is tied.
     """
     register = nn.Module.register_parameter
 
