@@ -44,6 +44,7 @@ from pipeline.specs import (
 )
 from pipeline.specs.generate import GenerateSpec
 from pipeline.specs.render import RenderSpec
+from pipeline.specs.tune import TRIAL_EPOCHS
 from pipeline.storage import Location
 from pipeline.tuning.space import check_search
 
@@ -281,7 +282,10 @@ def build_spec(spec: type[SpecType], config: Config, where: str) -> SpecType:
     """
     values = spec_values(config, spec)
     if spec is TuneSpec:
-        values["trial"] = TrainSpec.build(spec_values(config, TrainSpec), where)
+        trial = spec_values(config, TrainSpec)
+        if trial["train"]["max_steps"] is None and trial["train"]["max_epochs"] is None:
+            trial["train"] = {**trial["train"], "max_epochs": TRIAL_EPOCHS}
+        values["trial"] = TrainSpec.build(trial, where)
     built = spec.build(values, where)
     if isinstance(built, TuneSpec):
         check_search(built)

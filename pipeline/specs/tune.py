@@ -14,6 +14,7 @@ Mode = Literal["min", "max"]
 
 
 DRIVER_CPUS = 0.1  # of a trial's driver, which waits for its workers
+TRIAL_EPOCHS = 1  # of a trial whose length nobody gives
 
 
 class Range(Spec):

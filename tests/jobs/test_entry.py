@@ -66,6 +66,15 @@ def test_preprocess_groups_compose_and_validate(corpus, tokenizer):
     PreprocessSpec.build(spec_values(compose("preprocess", overrides), PreprocessSpec))
 
 
+@pytest.mark.parametrize(
+    ("given", "length"),
+    [([], (None, 1)), (["train.max_steps=7"], (7, None)), (["train.max_epochs=3"], (None, 3))],
+)
+def test_search_of_trials_without_a_length_makes_them_one_epoch(given, length):
+    spec = build_spec(TuneSpec, compose("tune", ["dataset=x", *given]), "tune")
+    assert (spec.trial.train.max_steps, spec.trial.train.max_epochs) == length
+
+
 def test_search_space_given_whole_replaces_the_default():
     space = "search.space={train.seed: {integer: [0, 3]}}"
     config = compose("tune", ["dataset=x", "train.max_steps=3", space])
