@@ -51,9 +51,9 @@ bench: setup  ## Benchmarks' tables: make bench TEXT=FILE TOKENIZER=FOLDER
 	PYTHONPATH=. $(RUN) benchmarks/preprocess.py --text $(TEXT) --tokenizer $(TOKENIZER)
 	PYTHONPATH=. $(RUN) benchmarks/step_time.py --text $(TEXT) --tokenizer $(TOKENIZER)
 	PYTHONPATH=. $(RUN) benchmarks/training_overhead.py --text $(TEXT)
-	$(RUN) benchmarks/evaluation.py likelihood --text $(TEXT) --tokenizer $(TOKENIZER) --documents 300
+	$(RUN) benchmarks/evaluation.py likelihood --text $(TEXT)
 	$(RUN) benchmarks/evaluation.py information
-	$(RUN) benchmarks/evaluation.py workers --text $(TEXT) --tokenizer $(TOKENIZER) --draws 10
+	$(RUN) benchmarks/evaluation.py workers --text $(TEXT) --draws 10
 
 constraints: setup  ## Write constraints.txt from what .venv holds
 	$(VENV)/bin/pip freeze | sed 's/+cpu$$//' > constraints.txt

@@ -1,11 +1,11 @@
 """What do 100 importance samples, mutual information and a second worker cost an evaluation?
 
-    python benchmarks/evaluation.py likelihood --text test.txt --tokenizer FOLDER
+    python benchmarks/evaluation.py likelihood --text test.txt
     python benchmarks/evaluation.py information
-    python benchmarks/evaluation.py workers --text test.txt --tokenizer FOLDER
+    python benchmarks/evaluation.py workers --text test.txt
 
-The folder holds GPT-2's `vocab.json` and `merges.txt`. Weights are random: they cost what trained
-ones cost.
+The tokenizer is a BPE of 8,000 trained on the text, or with `--tokenizer FOLDER` GPT-2's from its
+`vocab.json` and `merges.txt`. Weights are random: they cost what trained ones cost.
 
 - likelihood: IW-NLL of the documents, encoder, chain, noise and weights included, against as many
   plain passes of the same decoder over the same batches under latents that are there already, and
@@ -59,14 +59,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("question", choices=("likelihood", "information", "workers"))
     parser.add_argument("--text", type=Path, help="one document a line")
     parser.add_argument("--tokenizer", type=Path, help="folder with vocab.json and merges.txt")
+    parser.add_argument("--vocabulary", type=int, default=8000, help="of a BPE of the text")
     parser.add_argument("--size", default="tiny", choices=SIZES)
     parser.add_argument("--documents", type=int, default=1000)
     parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--batch-tokens", type=int, default=EvaluationSpec().batch_tokens)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    if options.question != "information" and not (options.text and options.tokenizer):
-        parser.error(f"{options.question} measures on real text: give --text and --tokenizer")
+    if options.question != "information" and not options.text:
+        parser.error(f"{options.question} measures on real text: give --text")
     return options
 
 
@@ -110,10 +111,13 @@ def likelihood(options: argparse.Namespace) -> None:
 
 def read_documents(options: argparse.Namespace) -> tuple[list[Document], int]:
     from pipeline.storage import Location
-    from pipeline.tokenization import encoder_of, load_gpt2, vocabulary_size
+    from pipeline.tokenization import encoder_of, load_gpt2, train_bpe, vocabulary_size
 
-    tokenizer = load_gpt2(Location.parse(options.tokenizer))
     lines = [line for line in options.text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if options.tokenizer:
+        tokenizer = load_gpt2(Location.parse(options.tokenizer))
+    else:
+        tokenizer = train_bpe([lines], options.vocabulary)
     encoded = list(encoder_of(tokenizer).encode(lines[: options.documents]))
     documents = [Document(place, tokens, None) for place, tokens in enumerate(encoded)]
     return documents, vocabulary_size(tokenizer)
@@ -196,7 +200,9 @@ def workers(options: argparse.Namespace) -> None:
         lines = options.text.read_text(encoding="utf-8").splitlines()
         text.write_text("".join(line + "\n" for line in lines[: options.documents]))
         corpus = {"kind": "text", "train": str(text), "test": str(text), "max_tokens": 256}
-        tokenizer = {"kind": "gpt2", "path": str(options.tokenizer)}
+        tokenizer = {"kind": "bpe", "vocab_size": options.vocabulary}
+        if options.tokenizer:
+            tokenizer = {"kind": "gpt2", "path": str(options.tokenizer)}
         spec = PreprocessSpec.build(
             {"corpus": corpus, "tokenizer": tokenizer, "cluster": {"num_cpus": 2}}
         )

@@ -86,16 +86,23 @@ def summarize(
         "ppl_token_elbo": perplexity(negative_elbo, tokens),
     }
     layers = [mean(column) for column in kl_per_layer.T]
+    dimensions = [
+        [mean(values.astype(np.float64)) for values in layer.T]
+        for layer in np.moveaxis(documents["kl_per_dimension"], 1, 0)
+    ]
     figures: dict[str, Any] = {name: value for name, (value, _) in pairs.items()}
     figures |= {
         "kl_per_layer": [value for value, _ in layers],
-        "kl_per_dimension": documents["kl_per_dimension"].mean(axis=0, dtype=np.float64).tolist(),
+        "kl_per_dimension": [[value for value, _ in layer] for layer in dimensions],
         "iw_samples": iw_samples,
         "num_documents": len(iw_nll),
         "num_tokens": int(tokens.sum()),
         "num_words": int(words.sum()),
         "standard_errors": {name: error for name, (_, error) in pairs.items()}
-        | {"kl_per_layer": [error for _, error in layers]},
+        | {
+            "kl_per_layer": [error for _, error in layers],
+            "kl_per_dimension": [[error for _, error in layer] for layer in dimensions],
+        },
         "paper_convention": paper_convention(documents),
     }
     figures |= active_units(documents["posterior_means"])

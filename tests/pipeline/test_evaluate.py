@@ -121,6 +121,9 @@ def test_figures_equal_a_plain_loop_over_documents(
     np.testing.assert_allclose(figures["posterior_mean_variance"], variances, rtol=1e-4)
     error = np.std(tightest, ddof=1) / math.sqrt(150)
     assert figures["standard_errors"]["iw_nll"] == pytest.approx(error, rel=1e-5)
+    error = np.std(documents["kl_per_dimension"][:, 2, 3], ddof=1) / math.sqrt(150)
+    found = figures["standard_errors"]["kl_per_dimension"][2][3]
+    assert found == pytest.approx(error, rel=1e-5)
     convention = figures["paper_convention"]
     assert convention["kl"] == pytest.approx(figures["kl"] / 4, rel=1e-6)
     assert convention["negative_elbo"] == pytest.approx(np.mean(nll) + figures["kl"] / 4, rel=1e-6)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import math
 import threading
 import time
 from pathlib import Path
@@ -12,13 +14,17 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import GPT2LMHeadModel
 
+from della_model import gpt2_config
 from pipeline.errors import UserError
 from pipeline.evaluation.blocks import Arrays, save_arrays
 from pipeline.shards import Dataset
 from pipeline.specs import EvaluateSpec
 from pipeline.stages.evaluate import run_evaluate
 from pipeline.storage import Location
+from pipeline.tokenization import load_tokenizer, vocabulary_size
 from tests.pipeline.evaluation_data import evaluate_spec, small_test_dataset, write_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
@@ -43,11 +49,40 @@ def evaluate(
 
 
 @pytest.fixture(scope="module")
+def reference_model(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset) -> str:
+    folder = tmp_path_factory.mktemp("reference")
+    tokenizer = load_tokenizer(dataset.tokenizer_folder)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    config = gpt2_config(
+        "tiny",
+        vocabulary_size(tokenizer),
+        n_positions=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
 def on_one_worker(
-    weights: Location, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
+    weights: Location,
+    dataset: Dataset,
+    reference_model: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[dict[str, Any], Path]:
     output = tmp_path_factory.mktemp("one")
-    return evaluate(weights, dataset, output, evaluate_spec(num_workers=1)), output
+    spec = evaluate_spec(num_workers=1, reference_model=reference_model)
+    return evaluate(weights, dataset, output, spec), output
+
+
+def without_reference(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures of an evaluation that was given no reference model."""
+    figures = copy.deepcopy(figures)
+    for of_texts in (figures["generation"][name] for name in ("samples", "real")):
+        del of_texts["reference_ppl"], of_texts["standard_errors"]["reference_ppl"]
+    return figures
 
 
 def assert_same(found: Any, expected: Any, where: str = "") -> None:
@@ -69,11 +104,37 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
 
 
 def test_two_workers_give_the_figures_of_one(
-    on_one_worker: tuple[dict[str, Any], Path], weights: Location, dataset: Dataset, tmp_path: Path
+    on_one_worker: tuple[dict[str, Any], Path],
+    weights: Location,
+    dataset: Dataset,
+    reference_model: str,
+    tmp_path: Path,
 ) -> None:
     expected, _ = on_one_worker
-    found = evaluate(weights, dataset, tmp_path, evaluate_spec(num_workers=2, batch_tokens=500))
+    spec = evaluate_spec(num_workers=2, batch_tokens=500, reference_model=reference_model)
+    found = evaluate(weights, dataset, tmp_path, spec)
     assert_same(found, expected)
+
+
+def test_reference_model_judges_samples_and_real_documents(
+    on_one_worker: tuple[dict[str, Any], Path], dataset: Dataset, reference_model: str
+) -> None:
+    figures, output = on_one_worker
+    lines = [json.loads(line) for line in (output / "texts.jsonl").read_text().splitlines()]
+    samples = [line["text"] for line in lines if line["kind"] == "sample"]
+    tokenizer = load_tokenizer(dataset.tokenizer_folder)
+    model = GPT2LMHeadModel.from_pretrained(reference_model)
+    nll, predicted = 0.0, 0
+    for text in samples:
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
+        if ids.shape[1] > 1:
+            with torch.no_grad():
+                nll += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            predicted += ids.shape[1] - 1
+    assert figures["generation"]["samples"]["reference_ppl"] == pytest.approx(
+        math.exp(nll / predicted), rel=1e-5
+    )
+    assert figures["generation"]["real"]["reference_ppl"] > 1
 
 
 def test_figures_and_texts_are_complete(
@@ -150,7 +211,7 @@ def test_interrupted_evaluation_goes_on_from_its_blocks(
     assert len(list((tmp_path / "blocks").iterdir())) == 2
     found = evaluate(weights, dataset, tmp_path, evaluate_spec(num_workers=2))
     assert len(saved) == len(set(saved))  # no block was done twice
-    assert_same(found, expected)
+    assert_same(found, without_reference(expected))
 
 
 def test_killed_worker_is_replaced(
@@ -178,7 +239,7 @@ def test_killed_worker_is_replaced(
     found = evaluate(weights, dataset, tmp_path, evaluate_spec(num_workers=2, iw_samples=3))
     killer.join()
     assert killed
-    assert_same(found, expected)
+    assert_same(found, without_reference(expected))
 
 
 def test_worker_that_cannot_load_says_why(

@@ -360,6 +360,21 @@ def test_whole_evaluation_is_shown(tmp_path: Path) -> None:
     assert all(reference.startswith("#") for reference in page.references)
 
 
+def test_answers_are_shown_in_every_form(tmp_path: Path) -> None:
+    answers = [{"source": TRICKY, "reference": "the end", "texts": ["an answer", ""]}]
+    responses = {"num_sources": 5, "per_source": 2, "bleu": 12.5, "standard_errors": {"bleu": 1.5}}
+    figures = write_figures(tmp_path, whole=True, answers=answers, responses=responses)
+    inputs = {"training": write_run(tmp_path), "figures": figures}
+    _, page, markdown, content = report(inputs, tmp_path / "out")
+    assert "answers" in page.ids
+    texts = " ".join(" ".join(page.texts).split())
+    assert "2 texts for each of 5 sources" in texts
+    for part in ("## For sources", "2 texts for each of 5 sources", "12.5", "1. an answer",
+                 "2. \\(empty\\)", "60.0% and 20.0% of their variance"):  # fmt: skip
+        assert part in markdown
+    assert content["answers"] == answers
+
+
 def test_page_links_to_its_sections(made: Any) -> None:
     _, page, _, _ = made
     linked = {reference[1:] for reference in page.references if reference[1:] in SECTIONS}
