@@ -93,15 +93,18 @@ def _search(spec: TuneSpec, dataset: Location, output: Location, concurrent: int
                 storage_filesystem=folder.filesystem,
             )
         else:
-            tuner = _new_tuner(spec, trial, output, concurrent)
+            tuner = _new_tuner(spec, trial, dataset, output, concurrent)
         return tuner.fit()
 
 
-def _new_tuner(spec: TuneSpec, trial: Any, output: Location, concurrent: int) -> Any:
+def _new_tuner(
+    spec: TuneSpec, trial: Any, dataset: Location, output: Location, concurrent: int
+) -> Any:
     from ray import tune
 
     from pipeline.tuning.budget import Budget
     from pipeline.tuning.progress import SearchProgress
+    from pipeline.tuning.schedulers import scheduler
 
     search = spec.search
     grid = search.sampler == "grid"
@@ -111,7 +114,7 @@ def _new_tuner(spec: TuneSpec, trial: Any, output: Location, concurrent: int) ->
         tune_config=tune.TuneConfig(
             num_samples=1 if grid else spec.num_trials,
             search_alg=_sampler(spec, concurrent),
-            scheduler=_scheduler(spec),
+            scheduler=scheduler(spec, dataset),
             max_concurrent_trials=concurrent,
         ),
         run_config=tune.RunConfig(
@@ -138,38 +141,6 @@ def _sampler(spec: TuneSpec, concurrent: int) -> Any:
     # A list, even of one: only then a goal may come with the last report alone.
     goals = search.goals
     return OptunaSearch(metric=list(goals), mode=list(goals.values()), seed=search.seed)
-
-
-def _scheduler(spec: TuneSpec) -> Any:
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
-
-    search, evaluations = spec.search, num_evaluations(spec.trial)
-    if search.scheduler == "asha":
-        return ASHAScheduler(
-            time_attr="training_iteration",
-            metric=search.metric,
-            mode=search.mode,
-            # More than there are: a trial that reaches its end is left to end by itself.
-            max_t=evaluations + 2,
-            grace_period=min(search.grace_evaluations, evaluations),
-            reduction_factor=search.reduction_factor,
-        )
-    if search.scheduler == "median":
-        return MedianStoppingRule(
-            time_attr="training_iteration",
-            metric=search.metric,
-            mode=search.mode,
-            grace_period=search.grace_evaluations,
-            min_samples_required=search.median_trials,
-        )
-    return FIFOScheduler()
-
-
-def num_evaluations(trial: TrainSpec) -> int:
-    """How many validations a whole trial reports; a large number when only epochs are given."""
-    if trial.train.max_steps is None:
-        return 10_000
-    return max(math.ceil(trial.train.max_steps / trial.train.eval_every), 1)
 
 
 def _conclude(spec: TuneSpec, trials: list[TrialResult], output: Location) -> dict[str, Any]:

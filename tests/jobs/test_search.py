@@ -101,6 +101,15 @@ def test_search_records_a_failing_trial_with_its_reason_and_goes_on(searched):
     assert record["figures"]["num_failed"] == 1
 
 
+def test_search_cuts_no_trial_at_its_last_validation(searched):
+    trials = json.loads((search_folder(searched) / "trials.json").read_text())
+    at_end = [trial for trial in trials if trial["step"] == 6 and trial["state"] != "failed"]
+    assert at_end
+    for trial in at_end:
+        assert trial["state"] == "done"
+        assert None not in trial["values"].values()
+
+
 def test_search_keeps_the_trials_that_no_other_beats(searched):
     folder = search_folder(searched)
     trials = json.loads((folder / "trials.json").read_text())

@@ -6,6 +6,7 @@ import itertools
 import json
 import pickle
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,11 +14,13 @@ from pipeline.errors import UserError
 from pipeline.specs import Range, TrainSpec, TuneSpec
 from pipeline.storage import Location
 from pipeline.training.metrics import VALID_KEYS
+from pipeline.training.setup import batch_order
 from pipeline.tuning.budget import Budget
 from pipeline.tuning.importance import importances
 from pipeline.tuning.page import position, search_page
 from pipeline.tuning.results import TrialResult, judged, pareto_front
 from pipeline.tuning.space import check_search, reported_metrics, with_settings
+from tests.pipeline.train_data import small_dataset, train_spec
 
 TRIAL = {"model": {"size": "tiny"}, "train": {"max_steps": 3}}
 SPACE = {
@@ -114,6 +117,41 @@ def test_budget_counts_what_ran_before_a_kill(tmp_path):
     (output / "spent.json").write_json({"time_s": 99.0})
     assert Budget(output, None, 100.0).stop_all() is False
     assert Budget(output, None, 98.0).stop_all() is True
+
+
+@pytest.mark.parametrize("rule", ["asha", "median"])
+@pytest.mark.parametrize(("max_steps", "decision"), [(30, "STOP"), (10, "CONTINUE")])
+def test_scheduler_stops_the_worse_unless_it_is_at_its_end(tmp_path, rule, max_steps, decision):
+    from ray.tune.experiment import Trial
+
+    from pipeline.tuning.schedulers import scheduler
+
+    searched = spec(scheduler=rule, median_trials=2, reduction_factor=2)
+    train = searched.trial.train.model_copy(update={"max_steps": max_steps, "eval_every": 10})
+    searched = searched.model_copy(
+        update={"trial": searched.trial.model_copy(update={"train": train})}
+    )
+    judge = scheduler(searched, Location.parse(tmp_path))
+    trials = {name: Trial("training", trial_id=name, stub=True) for name in "abc"}
+    running = SimpleNamespace(get_live_trials=lambda: list(trials.values()))  # the others wait
+    decisions = []
+    for trial, value in zip(trials.values(), (1.0, 1.1, 9.0), strict=True):
+        judge.on_trial_add(running, trial)
+        row = {"training_iteration": 1, "valid_negative_elbo": value}
+        decisions.append(judge.on_trial_result(running, trial, row))
+        judge.on_trial_complete(running, trial, row)
+    assert decisions[0] == "CONTINUE"
+    assert decisions[2] == decision
+
+
+def test_scheduler_knows_the_end_of_a_trial_that_is_given_in_epochs(tmp_path):
+    from pipeline.tuning.schedulers import num_validations
+
+    dataset = small_dataset(tmp_path)
+    trial = train_spec(train__max_steps=None, train__max_epochs=2, train__eval_every=3)
+    order = batch_order(trial, dataset.split("train"))
+    steps = order.num_batches(0) + order.num_batches(1)
+    assert num_validations(trial, dataset.folder) == -(-steps // 3)
 
 
 def test_importance_finds_the_setting_that_decides():
