@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from pyarrow import fs
 from pipeline.errors import UserError
 
 _CHUNK_BYTES = 4 << 20
+_READS, _REREAD_S = 20, 0.05  # of a JSON object that is being written
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Location:
         return found.hexdigest()
 
     def write_bytes(self, data: bytes) -> None:
-        """Write the whole file; a reader sees the old content or the new, never half of it."""
+        """Write the whole file; it is the old content or the new, never half of it."""
         self.filesystem.create_dir(self.parent.path, recursive=True)
         if not self.is_local:  # an object appears when its upload is complete
             with self.filesystem.open_output_stream(self.path, compression=None) as stream:
@@ -144,16 +146,24 @@ class Location:
     def read_json(self) -> Any:
         """Read a JSON file.
 
+        From object storage it comes in two requests, its size and its bytes. Written anew between
+        them it reads as torn, so what looks damaged there is read again for a while.
+
         Raises:
             UserError: if the content is not JSON.
         """
-        try:
-            return json.loads(self.read_bytes())
-        except ValueError as error:
-            raise UserError(
-                f"{self} should hold JSON but does not ({error}): it was damaged or edited; "
-                "restore it, or delete its folder and run the stage again."
-            ) from None
+        reads = 1 if self.is_local else _READS
+        while True:
+            try:
+                return json.loads(self.read_bytes())
+            except ValueError as error:
+                reads -= 1
+                if not reads:
+                    raise UserError(
+                        f"{self} should hold JSON but does not ({error}): it was damaged or "
+                        "edited; restore it, or delete its folder and run the stage again."
+                    ) from None
+                time.sleep(_REREAD_S)
 
     def write_json(self, value: Any) -> None:
         """Write a value as indented JSON, atomically."""

@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-from pyarrow import fs
 
 from pipeline.artifact import Artifact
 from pipeline.chain.stage_log import read_log
 from pipeline.lease import holder_of
 from pipeline.storage import Location
-from tests.jobs.three_nodes import free_ports
+from tests.jobs.s3_server import s3_server
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -27,38 +26,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def s3():
     """A real S3 server on loopback; yields the environment in which S3 means this server."""
-    (port,) = free_ports(1)
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        _make_bucket(server)
+    with s3_server() as environment:
         yield environment
-    server.terminate()
-    server.wait(timeout=30)
-
-
-def _make_bucket(server):
-    for _ in range(60):
-        assert server.poll() is None, "the S3 server has ended"
-        try:
-            filesystem, _ = fs.FileSystem.from_uri("s3://bucket/?allow_bucket_creation=true")
-            filesystem.create_dir("bucket")
-            return
-        except OSError:
-            time.sleep(0.5)  # it is not up yet
-    pytest.fail("the S3 server did not answer")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 from pipeline import lease as lease_module
 from pipeline.lease import FOLDER, Lease, held, holder_of, machine, request_cancel
 from pipeline.storage import Location
+from tests.jobs.s3_server import s3_server
 
 HOLD = """
 import sys, time
@@ -32,8 +33,8 @@ from pathlib import Path
 from pipeline.lease import held
 from pipeline.storage import Location
 nothing = lambda *_: None
-folder = Path(sys.argv[1])
-with held(Location.parse(folder), progress=nothing, on_wait=nothing, on_cancel=nothing,
+leased, folder = Location.parse(sys.argv[1]), Path(sys.argv[2])
+with held(leased, progress=nothing, on_wait=nothing, on_cancel=nothing,
           on_lost=nothing):
     (folder / "inside").mkdir()  # fails when another is inside
     time.sleep(0.2)
@@ -83,10 +84,24 @@ def test_lease_second_waits_until_the_first_is_done(folder):
     assert [claim.pid for claim in waited] == [os.getpid()]
 
 
+def in_turn(leased, folder, count):
+    """Exit codes of so many processes that want the lease at once; 0: nobody else was inside."""
+    command = [sys.executable, "-c", IN_TURN, str(leased), folder]
+    running = [subprocess.Popen(command) for _ in range(count)]
+    return [process.wait(timeout=120) for process in running]
+
+
 def test_lease_of_many_processes_is_held_by_one_at_a_time(tmp_path):
-    running = [subprocess.Popen([sys.executable, "-c", IN_TURN, tmp_path]) for _ in range(4)]
-    assert [process.wait(timeout=60) for process in running] == [0] * 4
+    assert in_turn(tmp_path, tmp_path, 4) == [0] * 4
     assert list((tmp_path / FOLDER).iterdir()) == []
+
+
+@pytest.mark.slow
+def test_lease_on_object_storage_is_held_by_one_at_a_time(tmp_path):
+    with s3_server():
+        leased = Location.parse("s3://bucket/leased")
+        assert in_turn(leased, tmp_path, 4) == [0] * 4
+        assert list((leased / FOLDER).children()) == []
 
 
 def test_lease_of_a_killed_process_is_taken_over_at_once(folder):
