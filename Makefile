@@ -41,9 +41,9 @@ lint: setup
 fast: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n auto
 
-# One after the other: each has a Ray that takes the whole machine.
+# Two files at a time: most of their time goes to Rays that start and stop.
 slow: setup
-	$(RUN) -m pytest -m slow --durations=20
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "slow and not faults" -n 2 --dist loadfile --durations=30
 
 bench: setup  ## Benchmarks' tables: make bench TEXT=FILE TOKENIZER=FOLDER
 	@test -n "$(TEXT)" -a -n "$(TOKENIZER)" || { echo "make bench measures on real text: give \

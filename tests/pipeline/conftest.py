@@ -14,6 +14,6 @@ def ray_local() -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     import ray
 
-    ray.init(num_cpus=4, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, log_to_driver=False)
     yield
     ray.shutdown()
