@@ -18,7 +18,7 @@ from pyarrow import fs
 from pipeline.errors import UserError
 
 _CHUNK_BYTES = 4 << 20
-_READS, _REREAD_S = 20, 0.05  # of a JSON object that is being written
+_REREADS, _REREAD_S = 20, 0.05  # of a JSON object that is being written
 
 
 @dataclass(frozen=True)
@@ -147,23 +147,26 @@ class Location:
         """Read a JSON file.
 
         From object storage it comes in two requests, its size and its bytes. Written anew between
-        them it reads as torn, so what looks damaged there is read again for a while.
+        them it reads as torn or not at all, so there it is read again for a while.
 
         Raises:
+            FileNotFoundError: if it is not there.
             UserError: if the content is not JSON.
         """
-        reads = 1 if self.is_local else _READS
-        while True:
+        for _ in range(0 if self.is_local else _REREADS):
             try:
                 return json.loads(self.read_bytes())
-            except ValueError as error:
-                reads -= 1
-                if not reads:
-                    raise UserError(
-                        f"{self} should hold JSON but does not ({error}): it was damaged or "
-                        "edited; restore it, or delete its folder and run the stage again."
-                    ) from None
+            except FileNotFoundError:
+                raise
+            except (ValueError, OSError):
                 time.sleep(_REREAD_S)
+        try:
+            return json.loads(self.read_bytes())
+        except ValueError as error:
+            raise UserError(
+                f"{self} should hold JSON but does not ({error}): it was damaged or edited; "
+                "restore it, or delete its folder and run the stage again."
+            ) from None
 
     def write_json(self, value: Any) -> None:
         """Write a value as indented JSON, atomically."""
