@@ -14,8 +14,6 @@ import os
 import socket
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,43 +27,13 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import multiprocessing  # noqa: E402
 
+from benchmarks.memory import GIB, PeakMemory, own_memory  # noqa: E402
 from pipeline.corpora import index_corpus  # noqa: E402
 from pipeline.corpora.commit import commit  # noqa: E402
 from pipeline.corpora.writing import process_unit  # noqa: E402
 from pipeline.specs import PreprocessSpec, TrainSpec  # noqa: E402
 from pipeline.stages.preprocess import recipe_of  # noqa: E402
 from pipeline.storage import Location  # noqa: E402
-
-GIB = 2**30
-
-
-class PeakMemory:
-    """The most memory that this process had for itself while the body ran, in bytes."""
-
-    def __init__(self) -> None:
-        self.peak = 0
-        self._stopped = threading.Event()
-
-    def __enter__(self) -> PeakMemory:
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stopped.is_set():
-            self.peak = max(self.peak, own_memory())
-            time.sleep(0.005)
-
-
-def own_memory() -> int:
-    """RssAnon of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    kib = next(line.split()[1] for line in lines if line.startswith("RssAnon:"))
-    return int(kib) * 1024
 
 
 def make_backbone(options: argparse.Namespace, folder: Path) -> int:

@@ -77,7 +77,10 @@ class Objective(nn.Module):
         condition_mask: Int[Tensor, "batch source"] | Bool[Tensor, "batch source"] | None = None,
         decoder_input_ids: Int[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The loss, and detached sums over the documents of weight > 0 (nats, counts)."""
+        """The loss, and detached sums over the documents of weight > 0 (nats, counts).
+
+        `bag_of_words_nll` is among them where there is a bag of words, without its weight.
+        """
         condition = None
         if condition_ids is not None and condition_mask is not None:
             condition = Condition(condition_ids, condition_mask)
@@ -85,11 +88,14 @@ class Objective(nn.Module):
             input_ids, attention_mask, noise, condition, decoder_input_ids
         )
         document_loss = terms.reconstruction_nll + beta * self._charged_kl(terms)
+        counted = document_weight > 0
+        sums = _sums(terms, counted)
         if self.bag_of_words is not None:
             bow_nll = self.bag_of_words(self.model, input_ids, attention_mask, terms.sample.latents)
             document_loss = document_loss + self.bag_of_words_weight * bow_nll
+            sums["bag_of_words_nll"] = (bow_nll.detach() * counted).sum()
         loss = (document_weight * document_loss).sum()
-        return loss, {"loss": loss.detach(), **_sums(terms, document_weight > 0)}
+        return loss, {"loss": loss.detach(), **sums}
 
     def _charged_kl(self, terms: ElboTerms) -> Float[Tensor, " batch"]:
         """Σ_l max(KL_l, free_bits), or Σ_l Σ_i max(KL_li, free_bits), over the charged layers."""

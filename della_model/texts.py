@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from della_model.condition import Condition, Reading
 from della_model.errors import InputError
 from della_model.gaussian import DiagonalGaussian
 from della_model.shapes import Float
@@ -46,6 +47,10 @@ def analogous(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return c + (b - a)
 
 
+def _repeated(source: str | None, times: int) -> list[str] | None:
+    return None if source is None else [source] * times
+
+
 class TextInterface:
     """`Della`'s methods on texts. The tokenizer is the one beside the loaded weights.
 
@@ -76,11 +81,17 @@ class TextInterface:
         self._tokenizer = tokenizer
 
     @torch.no_grad()
-    def encode(self: Any, texts: Sequence[str]) -> EncodedTexts:
-        """Named posteriors of texts, a layer each, and the latents at their means."""
+    def encode(
+        self: Any, texts: Sequence[str], *, sources: Sequence[str] | None = None
+    ) -> EncodedTexts:
+        """Named posteriors of texts, a layer each, and the latents at their means.
+
+        `sources`: of a conditional model, the source of each text.
+        """
+        reading = self._reading(sources, len(texts))
         input_ids, attention_mask = self._framed(texts)
         noise = torch.zeros_like(self.draw_noise(len(texts)))
-        sample = self.infer(input_ids, attention_mask, noise)
+        sample = self.infer(input_ids, attention_mask, noise, reading)
         config = self.config
         names = [f"layer_{layer}" for layer in config.feature_layers]
         if config.latents == "single":
@@ -91,51 +102,110 @@ class TextInterface:
         self: Any,
         latents: EncodedTexts | Float[Tensor, "documents layers latent"],
         max_new_tokens: int = 64,
+        *,
+        sources: Sequence[str] | None = None,
         **options: Any,
     ) -> list[str]:
-        """A text for each document's latents; greedy unless `options` of `generate` say else."""
+        """A text for each document's latents; greedy unless `options` of `generate` say else.
+
+        `sources`: of a conditional model, the source of each document.
+        """
         given = latents.latents if isinstance(latents, EncodedTexts) else latents
-        room = min(max_new_tokens, self.config.context)
+        reading = self._reading(sources, len(given))
+        room = min(max_new_tokens, self._room_after(reading))
         options = {"do_sample": False, "max_new_tokens": room, **options}
-        ids = self.generate(latents=given, **options)
+        ids = self.generate(latents=given, condition=reading, **options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def sample(
         self: Any,
         n: int = 1,
         *,
+        sources: Sequence[str] | None = None,
         temperature: float = 1.0,
         seed: int | None = None,
         **options: Any,
     ) -> list[str]:
-        """`n` texts from the prior: z ~ p(z), then x ~ p(x | z); with a seed, the same ones."""
+        """`n` texts from the prior: z ~ p(z), then x ~ p(x | z); with a seed, the same ones.
+
+        Of a conditional model, `n` texts for each of `sources`, one source after the other: from
+        p(z | c) and p(x | z, c).
+        """
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        latents = self.sample_prior(n, generator=generator)
+        each = None if sources is None else [source for source in sources for _ in range(n)]
+        count = n if each is None else len(each)
+        with torch.no_grad():
+            reading = self._reading(each, count)
+            latents = self.sample_prior(count, generator=generator, condition=reading)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            return self.decode(latents, do_sample=True, temperature=temperature, **options)
+            options = {"do_sample": True, "temperature": temperature, **options}
+            return self.decode(latents, sources=each, **options)
 
-    def reconstruct(self: Any, texts: Sequence[str], **options: Any) -> list[str]:
+    def reconstruct(
+        self: Any, texts: Sequence[str], *, sources: Sequence[str] | None = None, **options: Any
+    ) -> list[str]:
         """What texts become through their posterior means."""
-        return self.decode(self.encode(texts), **options)
+        return self.decode(self.encode(texts, sources=sources), sources=sources, **options)
 
-    def interpolate(self: Any, a: str, b: str, steps: int = 8, **options: Any) -> list[str]:
-        """Texts along the straight line between two texts' latents, both ends included."""
-        start, end = self.encode([a, b]).latents
-        return self.decode(interpolated(start, end, steps), **options)
+    def interpolate(
+        self: Any, a: str, b: str, steps: int = 8, *, source: str | None = None, **options: Any
+    ) -> list[str]:
+        """Texts along the straight line between two texts' latents, both ends included.
 
-    def analogy(self: Any, a: str, b: str, c: str, **options: Any) -> str:
-        """The text that is to `c` as `b` is to `a`."""
-        latents = self.encode([a, b, c]).latents
-        return self.decode(analogous(*latents).unsqueeze(0), **options)[0]
+        `source`: of a conditional model, the one that all of them are texts of.
+        """
+        start, end = self.encode([a, b], sources=_repeated(source, 2)).latents
+        path = interpolated(start, end, steps)
+        return self.decode(path, sources=_repeated(source, steps), **options)
 
-    def _framed(self: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def analogy(
+        self: Any, a: str, b: str, c: str, *, source: str | None = None, **options: Any
+    ) -> str:
+        """The text that is to `c` as `b` is to `a`; `source` as for `interpolate`."""
+        latents = self.encode([a, b, c], sources=_repeated(source, 3)).latents
+        found = analogous(*latents).unsqueeze(0)
+        return self.decode(found, sources=_repeated(source, 1), **options)[0]
+
+    @torch.no_grad()
+    def _reading(self: Any, sources: Sequence[str] | None, count: int) -> Reading | None:
+        """What the model keeps of as many sources as there are texts; None where it has none."""
+        if sources is None and not self.config.conditional:
+            return None
+        if sources is None or not self.config.conditional:
+            expected, got = ("one a text", "none") if sources is None else ("none", "some")
+            raise InputError(
+                f"sources: expected {expected}, got {got}: this model "
+                f"{'generates from sources' if sources is None else 'knows no sources'}; "
+                f"{'pass sources=[…]' if sources is None else 'leave them out'}."
+            )
+        if len(sources) != count:
+            raise InputError(
+                f"sources: expected {count}, one for each text, got {len(sources)}: each text has "
+                "a source of its own; repeat one that serves several."
+            )
+        return self.read(Condition(*self._framed(sources, "sources")))
+
+    def _room_after(self: Any, reading: Reading | None) -> int:
+        """The most tokens that a text can have behind BOS and what stands before it."""
+        context: int = self.config.context
+        if reading is None or reading.states is not None:
+            return context
+        longest = int(reading.condition.attention_mask.sum(-1).max())
+        if longest >= context:
+            raise InputError(
+                f"sources: expected at most {context - 1} tokens with BOS and EOS, got {longest}: "
+                f"the backbone's {context} positions leave no room for a text; shorten the source."
+            )
+        return context - longest
+
+    def _framed(self: Any, texts: Sequence[str], name: str = "texts") -> tuple[Tensor, Tensor]:
         """Token ids and mask of texts, each from BOS to EOS, padded on the right."""
         if isinstance(texts, str) or not texts or not all(text.strip() for text in texts):
             raise InputError(
-                f"texts: expected a list of texts, none of them empty, got {texts!r}: each is a "
+                f"{name}: expected a list of texts, none of them empty, got {texts!r}: each is a "
                 "document of its own; pass [text] for a single one."
             )
         # Text that spells a special token is text.

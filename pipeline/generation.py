@@ -23,7 +23,7 @@ from pipeline.tokenization import encoder_of, special_ids
 if TYPE_CHECKING:
     import torch
 
-    from della_model import Della, Reading
+    from della_model import Della, DellaConfig, Reading
 
 BATCH_SIZE = 32
 
@@ -173,11 +173,7 @@ def texts_for_sources(
     Raises:
         UserError: if the model knows no sources, or one is longer than its context.
     """
-    if not model.config.conditional:
-        raise UserError(
-            "mode=target needs a model that was trained on sources with their targets, and these "
-            "weights were not: its texts depend on no source; use mode=sample."
-        )
+    check_mode("target", model.config)
     documents = list(encoder_of(tokenizer).encode(sources))
     # A decoder-only model has the source before the text, which needs a place for BOS at least.
     room = model.config.context - (0 if model.config.adapter.is_encoder_decoder else 2)
@@ -250,6 +246,31 @@ def decode_latents(
     return [encoder.decode(ids).strip() for ids in found[:, 1:].tolist()]
 
 
+def check_mode(mode: str, config: DellaConfig) -> None:
+    """Check that a model can generate in a mode.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    if mode == "target" and not config.conditional:
+        raise UserError(
+            "mode=target needs a model that was trained on sources with their targets, and these "
+            "weights were not: its texts depend on no source; use mode=sample."
+        )
+    if mode != "target" and config.conditional:
+        raise UserError(
+            f"mode={mode} needs a model of texts alone, and these weights were trained on sources "
+            "with their targets: no text comes without a source; use mode=target input=SOURCES, or "
+            "from Python model.reconstruct(texts, sources=…)."
+        )
+    if mode in ("reconstruct", "interpolate", "analogy") and not config.num_latent_layers:
+        raise UserError(
+            f"mode={mode} needs a model with latents, and these weights have none "
+            "(model.latents=none): nothing of a given text would reach its output; use mode=sample "
+            "or mode=complete."
+        )
+
+
 def run_generate(spec: GenerateSpec, weights: Location) -> list[dict[str, str]]:
     """Generate what the spec asks for, a row a text, by the names of what they are.
 
@@ -261,6 +282,7 @@ def run_generate(spec: GenerateSpec, weights: Location) -> list[dict[str, str]]:
     texts = read_texts(Location.parse(spec.input)) if spec.input is not None else []
     tokenizer = load_weights_tokenizer(weights)
     model = load_model(weights, _device(spec.device))
+    check_mode(spec.mode, model.config)
     from_prior = spec.mode in ("sample", "complete", "target")
     default = 1.0 if from_prior and spec.num_beams == 1 else 0.0
     decoding = Decoding(

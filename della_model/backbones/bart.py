@@ -67,7 +67,7 @@ class PlacedPositions(BartLearnedPositionalEmbedding):
 
     placed: Tensor | None = None
 
-    def forward(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input_ids: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Embeddings [B, T, H] of the places laid in; without any, BART's own."""
         if self.placed is None:
             return super().forward(input_ids, *args, **kwargs)

@@ -84,6 +84,7 @@ _CURVES = (
     "negative_elbo",
     "reconstruction_nll",
     "kl",
+    "bag_of_words_nll",
     "beta",
     "learning_rate",
     "tokens_per_s",

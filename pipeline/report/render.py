@@ -36,6 +36,7 @@ _PANELS = {
     "negative_elbo": ("−ELBO", _NATS),
     "reconstruction_nll": ("Reconstruction NLL", _NATS),
     "kl": ("KL", f"{_NATS}, summed over layers"),
+    "bag_of_words_nll": ("Bag of words", f"{_NATS}, without its weight"),
     "beta": ("β", "weight of the KL in the loss"),
     "learning_rate": ("Learning rate", ""),
     "tokens_per_s": ("Throughput", "tokens/s"),

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.distributed
 
-_SCALARS = ("loss", "reconstruction_nll", "kl", "num_documents", "num_tokens")
+_ALWAYS = ("loss", "reconstruction_nll", "kl", "num_documents", "num_tokens")
+_AIDS = ("bag_of_words_nll",)  # of those objectives alone that have the term
+_SCALARS = _ALWAYS + _AIDS
 
 
 class Meter:
@@ -22,11 +24,15 @@ class Meter:
     """
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
+        self._seen: set[str] = set()
         self._sums = torch.zeros(len(_SCALARS) + num_layers, dtype=torch.float64, device=device)
 
     def add(self, sums: dict[str, torch.Tensor], loss_scale: float = 1.0) -> None:
         """Add the sums of one forward; `loss_scale` turns its loss into a sum over documents."""
         for index, name in enumerate(_SCALARS):
+            if name not in sums:
+                continue
+            self._seen.add(name)
             self._sums[index] += sums[name] * (loss_scale if name == "loss" else 1.0)
         self._sums[len(_SCALARS) :] += sums["kl_per_layer"]
 
@@ -34,7 +40,7 @@ class Meter:
         """Means over all workers' documents in nats, and the counts; starts over.
 
         A collective call. Keys: loss, reconstruction_nll, kl, kl_per_layer, negative_elbo,
-        num_documents, num_tokens.
+        num_documents, num_tokens; bag_of_words_nll, without its weight, where the loss has it.
         """
         torch.distributed.all_reduce(self._sums)
         sums = self._sums.tolist()
@@ -48,6 +54,7 @@ class Meter:
         row["kl_per_layer"] = [value / documents for value in sums[len(_SCALARS) :]]
         row["num_documents"] = int(totals["num_documents"])
         row["num_tokens"] = int(totals["num_tokens"])
+        row |= {name: totals[name] / documents for name in _AIDS if name in self._seen}
         return row
 
 

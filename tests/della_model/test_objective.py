@@ -122,9 +122,10 @@ def test_objective_bag_of_words_equals_a_plain_count_of_tokens(make_model, batch
     model = make_model().double()
     objective = Objective(model, bag_of_words=0.3).double()
     weight = torch.full((5,), 0.2).double()
-    loss, _ = objective(*batch, noise, weight, BETA)
+    loss, sums = objective(*batch, noise, weight, BETA)
     terms = model.elbo_terms(*batch, noise)
     expected = terms.negative_elbo + (BETA - 1) * terms.kl
+    without = expected.sum()
     linear = objective.bag_of_words.latents_to_hidden
     for row, (ids, mask) in enumerate(zip(*batch, strict=True)):
         z = terms.sample.latents[row].flatten()
@@ -133,6 +134,8 @@ def test_objective_bag_of_words_equals_a_plain_count_of_tokens(make_model, batch
         counts = torch.bincount(ids[mask.bool()][1:], minlength=53)
         expected[row] = expected[row] - 0.3 * (counts * scores).sum()
     torch.testing.assert_close(loss, expected.mean())
+    torch.testing.assert_close(0.3 * sums["bag_of_words_nll"], (expected.sum() - without).detach())
+    assert not sums["bag_of_words_nll"].requires_grad
 
 
 def test_objective_under_word_dropout_hides_tokens_from_the_decoder_alone(make_model, batch, noise):

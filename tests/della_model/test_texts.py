@@ -1,5 +1,6 @@
 """The methods on texts, with a tokenizer beside the weights."""
 
+import copy
 import json
 
 import pytest
@@ -7,20 +8,26 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, PreTrainedTokenizerFast
 
-from della_model import Della, InputError
+from della_model import Condition, Della, InputError
+from tests.della_model.backbone_data import FAMILIES
+from tests.della_model.conftest import pad
 
 WORDS = [f"w{i}" for i in range(50)]
 TEXTS = ["w3 w4 w5 w6", "w9", "w10 w11 w12"]
 
 
 @pytest.fixture
-def folder(make_model, tmp_path):
+def tokenizer():
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
+
+
+@pytest.fixture
+def folder(make_model, tokenizer, tmp_path):
     make_model().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     return tmp_path
@@ -102,6 +109,81 @@ def test_texts_without_a_tokenizer_or_a_text_say_so(make_model, model):
             model.encode(bad)
     with pytest.raises(InputError, match="steps: expected at least 2"):
         model.interpolate("w1", "w2", steps=1)
+
+
+@pytest.fixture(params=["gpt2", "bart"])
+def conditional(request, make_model, tokenizer):
+    backbone = copy.deepcopy(FAMILIES[request.param])
+    model = make_model(backbone, conditional=True)
+    model.tokenizer = tokenizer
+    return model
+
+
+def condition_of(sources):
+    rows = [ids_of(source)[0].tolist() for source in sources]
+    return Condition(*pad(rows))
+
+
+def test_texts_with_sources_are_encoded_and_decoded_under_them(conditional):
+    model, sources = conditional, ["w7 w8 w9 w1", "w20", "w30 w2"]
+    encoded = model.encode(TEXTS, sources=sources)
+    for row, (text, source) in enumerate(zip(TEXTS, sources, strict=True)):
+        ids, condition = ids_of(text), condition_of([source])
+        sample = model.infer(ids, torch.ones_like(ids), torch.zeros(1, 3, 5), condition)
+        torch.testing.assert_close(encoded.latents[row], sample.latents[0])
+    found = model.reconstruct(TEXTS, sources=sources, max_new_tokens=9)
+    for row, source in enumerate(sources):
+        latents = encoded.latents[row : row + 1]
+        ids = model.generate(
+            latents=latents, condition=condition_of([source]), max_new_tokens=9, do_sample=False
+        )
+        words = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        assert [found[row]] == [word.strip() for word in words]
+    assert model.decode(encoded, sources=sources[::-1], max_new_tokens=9) != found
+
+
+def test_texts_sampled_for_sources_come_source_after_source(conditional):
+    model, sources = conditional, ["w7 w8 w9 w1", "w20"]
+    several = model.sample(3, sources=sources, seed=3, max_new_tokens=9)
+    assert len(several) == 6
+    assert several == model.sample(3, sources=sources, seed=3, max_new_tokens=9)
+    greedy = model.sample(2, sources=sources, seed=3, max_new_tokens=9, do_sample=False)
+    noise = model.draw_noise(4, generator=torch.Generator().manual_seed(3))
+    condition = condition_of([sources[0]] * 2 + [sources[1]] * 2)
+    latents = model.sample_prior(noise=noise, condition=condition)
+    repeated = [sources[0]] * 2 + [sources[1]] * 2
+    assert greedy == model.decode(latents, sources=repeated, max_new_tokens=9)
+
+
+def test_texts_between_and_by_analogy_share_a_source(conditional):
+    model, options = conditional, {"max_new_tokens": 9}
+    path = model.interpolate(*TEXTS[:2], steps=3, source="w7 w8", **options)
+    ends = model.reconstruct(TEXTS[:2], sources=["w7 w8"] * 2, **options)
+    assert [path[0], path[-1]] == ends
+    same = model.analogy(TEXTS[0], TEXTS[0], TEXTS[1], source="w7 w8", **options)
+    assert same == ends[1]
+
+
+def test_texts_fill_the_context_that_their_sources_leave(conditional):
+    source = " ".join(["w4"] * 25)
+    assert len(conditional.sample(1, sources=[source], seed=1, eos_token_id=[])) == 1
+
+
+def test_texts_without_their_sources_or_with_others_say_so(conditional, model):
+    for call in (conditional.encode, conditional.reconstruct):
+        with pytest.raises(InputError, match="sources: expected one a text, got none"):
+            call(TEXTS)
+    with pytest.raises(InputError, match="sources: expected one a text, got none"):
+        conditional.sample(2)
+    with pytest.raises(InputError, match="sources: expected none, got some"):
+        model.encode(TEXTS, sources=TEXTS)
+    with pytest.raises(InputError, match="sources: expected 3, one for each text, got 2"):
+        conditional.encode(TEXTS, sources=TEXTS[:2])
+    with pytest.raises(InputError, match="sources: expected a list of texts"):
+        conditional.encode(TEXTS, sources=["w1", " ", "w2"])
+    if not conditional.config.adapter.is_encoder_decoder:
+        with pytest.raises(InputError, match=r"expected at most 28 tokens .* got 29"):
+            conditional.sample(1, sources=[" ".join(["w4"] * 27)])
 
 
 def test_model_saved_for_the_hub_has_its_card_tokenizer_and_weights(model, folder, tmp_path):

@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
+from transformers import T5Config
 
 from della_model import FUSIONS, LATENTS, ConfigError, Della, DellaConfig, Objective
 from della_model.backbones import BACKBONES
 from della_model.fusion import LatentMemory
 from della_model.routing import place_memory
+from tests.della_model.backbone_data import FAMILIES
+from tests.della_model.conftest import randomize
 
 GREEDY = {"max_new_tokens": 9, "do_sample": False}
 VARIANTS = [
@@ -41,16 +44,44 @@ def test_variant_whole_loss_passes_gradcheck(
     backbone = backbone_config(n_embd=6, n_layer=2, n_positions=13)
     model = make_model(backbone, **{"latent_size": 2, "fusion_rank": 2, **options}).double()
     objective = Objective(model, free_bits=0.05).eval()
-    batch = pad_documents(documents[:2])
-    noise, weight = noise_for(model, 2), torch.tensor([0.3, 0.7]).double()
-    names, values = zip(*objective.named_parameters(), strict=True)
+    assert passes_gradcheck(objective, pad_documents(documents[:2]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "aids"),
+    [
+        ("gpt2", {"bag_of_words": 0.7, "free_bits": 0.05, "free_bits_per": "dimension"}),
+        ("t5", {"bag_of_words": 0.7, "kl_layers": [0]}),
+    ],
+)
+def test_variant_conditional_loss_with_its_aids_passes_gradcheck(
+    backbone_config, documents, pad_documents, family, aids
+):
+    backbone = backbone_config(n_embd=6, n_layer=2, n_positions=13)
+    if family == "t5":
+        changes = {"num_layers": 1, "num_decoder_layers": 2, "d_model": 6, "d_ff": 5, "d_kv": 3}
+        backbone = T5Config(**FAMILIES["t5"].to_dict() | changes | {"num_heads": 2})
+    config = DellaConfig(backbone=backbone, fusion="embed+memory", conditional=True, latent_size=2)
+    objective = Objective(randomize(Della(config)), **aids).double().eval()
+    ids, mask = pad_documents([[1, 3, 14, 2], [1, 35, 2]])
+    sources = {"condition_ids": ids, "condition_mask": mask}
+    assert passes_gradcheck(objective, pad_documents(documents[:2]), **sources)
+
+
+def passes_gradcheck(objective, batch, **sources):
+    noise, weight = noise_for(objective.model, 2), torch.tensor([0.3, 0.7]).double()
+    trained = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
+    names, values = zip(*trained, strict=True)
 
     def loss(*parameters):
         replaced = dict(zip(names, parameters, strict=True))
         arguments = (*batch, noise, weight, 0.5)
-        return torch.func.functional_call(objective, replaced, arguments, tie_weights=True)[0]
+        return torch.func.functional_call(
+            objective, replaced, arguments, sources, tie_weights=True
+        )[0]
 
-    assert torch.autograd.gradcheck(loss, values, fast_mode=True)
+    return torch.autograd.gradcheck(loss, values, fast_mode=True)
 
 
 @every_variant

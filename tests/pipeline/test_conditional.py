@@ -14,7 +14,7 @@ from pipeline.batches import Position
 from pipeline.errors import UserError
 from pipeline.evaluation.figures import mutual_information
 from pipeline.evaluation.text_figures import response_summary
-from pipeline.generation import Decoding, texts_for_sources
+from pipeline.generation import Decoding, check_mode, texts_for_sources
 from pipeline.shards import Dataset
 from pipeline.specs import TrainSpec
 from pipeline.stages.train import check_inputs
@@ -156,3 +156,11 @@ def test_conditional_texts_of_a_model_without_sources_are_refused(tmp_path: Path
     model, tokenizer = built(small_dataset(tmp_path), "gpt2")
     with pytest.raises(UserError, match="trained on sources"):
         texts_for_sources(model, tokenizer, ["a"], 0, Decoding())
+
+
+@pytest.mark.parametrize("mode", ["sample", "reconstruct", "complete"])
+def test_conditional_model_is_refused_without_sources(dataset: Dataset, mode: str) -> None:
+    model, _ = built(dataset, "gpt2")
+    with pytest.raises(UserError, match=rf"mode={mode} needs a model of texts alone.*mode=target"):
+        check_mode(mode, model.config)
+    check_mode("target", model.config)

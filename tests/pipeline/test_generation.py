@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from della_model import Della
+from della_model import Della, DellaConfig
 from pipeline.errors import UserError
 from pipeline.generation import (
     Decoding,
+    check_mode,
     reconstruct_documents,
     reconstruct_texts,
     run_generate,
@@ -194,3 +195,13 @@ def test_generate_with_a_wrong_number_of_texts_names_the_line(
     file.write_text("one text alone\n")
     with pytest.raises(UserError, match=f"line 1, has 1 texts: expected {count}"):
         generate(weights, mode=mode, input=str(file))
+
+
+@pytest.mark.parametrize("mode", ["reconstruct", "interpolate", "analogy"])
+def test_mode_that_needs_latents_is_refused_for_a_model_without(model: Della, mode: str) -> None:
+    config = DellaConfig(backbone=model.config.backbone, latents="none")
+    with pytest.raises(UserError, match=rf"mode={mode} needs a model with latents.*mode=sample"):
+        check_mode(mode, config)
+    for other in ("sample", "complete"):
+        check_mode(other, config)
+    check_mode(mode, model.config)

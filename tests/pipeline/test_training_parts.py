@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from pipeline.training.loader import (
     dropped_words,
     validation_batches,
 )
+from pipeline.training.meter import Meter
 from pipeline.training.metrics import MetricsLog, read_rows
 from pipeline.training.model import count_steps, learning_rate_schedule
 from pipeline.training.setup import batch_order
@@ -248,3 +250,33 @@ def test_word_dropout_hides_the_decoders_inputs_in_training_alone(dataset: Datas
     assert (batch.decoder_input_ids[changed] == padding.pad_id).all()
     plain = validation_batches(dataset.split("valid"), 40, 512, Share(0, 1, 1), padding)
     assert all(batch.decoder_input_ids is None for batch in plain)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """One process that is a whole group."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_meter_has_a_column_for_the_bag_of_words_where_the_loss_has_one() -> None:
+    sums = {
+        "loss": 8.0,
+        "reconstruction_nll": 12.0,
+        "kl": 6.0,
+        "num_documents": 3,
+        "num_tokens": 11,
+    }
+    found = {name: torch.tensor(float(value)) for name, value in sums.items()}
+    found["kl_per_layer"] = torch.tensor([2.0, 4.0])
+    meter = Meter(2, torch.device("cpu"))
+    meter.add(found)
+    row = meter.reduced()
+    assert "bag_of_words_nll" not in row
+    assert (row["kl_per_layer"], row["num_tokens"]) == ([2 / 3, 4 / 3], 11)
+    for value in (21.0, 9.0):
+        meter.add(found | {"bag_of_words_nll": torch.tensor(value)})
+    assert meter.reduced()["bag_of_words_nll"] == 30 / 6
