@@ -43,6 +43,7 @@ from pipeline.specs import (
     TrainSpec,
     TuneSpec,
 )
+from pipeline.specs.doctor import DoctorSpec
 from pipeline.specs.export import ExportSpec
 from pipeline.specs.generate import GenerateSpec
 from pipeline.specs.render import RenderSpec
@@ -65,6 +66,7 @@ GROUPS: dict[str, type[Spec]] = {
     "evaluate": EvaluationSpec,
     "generate": GenerateSpec,
     "export": ExportSpec,
+    "doctor": DoctorSpec,
     "cluster": ClusterSpec,
     "render": RenderSpec,
 }

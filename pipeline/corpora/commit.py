@@ -66,8 +66,8 @@ def clear_leftovers(manifest: dict[str, Any], output: Location) -> None:
         for file in (output / folder).children():
             if f"{folder}/{file.name}" not in named:
                 file.delete()
-    for folder in (output, output / "tokenizer"):  # files that were being written
-        for file in folder.children():
+    for place in (output, output / "tokenizer"):  # files that were being written
+        for file in place.children():
             if file.name.endswith(".tmp"):
                 file.delete()
     (output / UNITS).delete()

@@ -6,8 +6,8 @@ runs whatever code the files name. Here no process group, no GPU and no DeepSpee
 What lies where. `*_model_states.pt`: names, shapes and buffers, at stages 0 to 2 the parameters in
 the precision that the model computes in too. `*_optim_states.pt`, one a rank: the float32 masters
 of what is trained. Stages 1 and 2 lay a group's parameters end to end and cut that line in as many
-pieces as there are ranks; stage 3 cuts each parameter. Stage 0 is read as the model computes with it,
-which is what a run of that stage exports too.
+pieces as there are ranks; stage 3 cuts each parameter. Stage 0 is read as the model computes
+with it, which is what a run of that stage exports too.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def read_tensors(file: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is damaged, or names code that is none of DeepSpeed's records.
     """
-    records = [(type(name, (_Record,), {}), name) for name in _RECORDS]
+    records: list[Any] = [(type(name, (_Record,), {}), name) for name in _RECORDS]
     with _blamed(file), torch.serialization.safe_globals(records):
         content: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     return content
