@@ -74,7 +74,7 @@ class CheckpointTensors:
         self._places = dict(self._find(first, len(models), len(optimizers)))
         for alias, name in (first.get("shared_params") or {}).items():
             if name in self._places:
-                self._places.setdefault(alias, self._places[name])
+                self._places[alias] = self._places[name]  # not the copy beside the module
 
     def __contains__(self, name: str) -> bool:
         return name in self._places

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 
 # Plain records without code of their own, which DeepSpeed 0.19 writes beside its tensors.
 _RECORDS = (
@@ -41,8 +41,16 @@ def read_tensors(file: Path) -> dict[str, Any]:
         UserError: if it is damaged, or names code that is none of DeepSpeed's records.
     """
     records: list[Any] = [(type(name, (_Record,), {}), name) for name in _RECORDS]
-    with _blamed(file), torch.serialization.safe_globals(records):
-        content: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    try:
+        with _blamed(file), torch.serialization.safe_globals(records):
+            content: dict[str, Any] = torch.load(
+                file, map_location="cpu", mmap=True, weights_only=True
+            )
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(
+            f"{file} cannot be read ({first_line(error)[:160]}): it is truncated or damaged, so "
+            "the weights in it are lost; give another checkpoint."
+        ) from None
     return content
 
 
