@@ -1,7 +1,7 @@
 """The export stage: a training checkpoint into one `from_pretrained` folder, without Ray or GPU.
 
-Tensors go one at a time from the ranks' files into safetensors, so that memory holds at most the
-weights of one model (of a bigger one than a file of weights, one such file).
+Tensors go one at a time from the ranks' files into safetensors, so that memory holds one file of
+weights at most, and of a small model all of it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pipeline.training.checkpoint_tensors import CheckpointTensors
 
 WEIGHTS = "weights"
+# Of one file of weights, which is held until it is full: what the export's memory is bounded by.
+FILE_BYTES = 512 << 20
 
 
 def run_export(spec: ExportSpec, inputs: dict[str, Location], output: Location) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def write_weights(source: Path, model: Della, spec: TrainSpec, folder: Path) -> 
             yield name, tensor
         yield from _buffers(model, tensors)
 
-    write_tensors(counted(), folder)
+    write_tensors(counted(), folder, file_bytes=FILE_BYTES)
     write_adapter(model, spec, folder / ADAPTER, whole)
     shutil.copytree(source / FOLDER, folder, dirs_exist_ok=True)
     return count

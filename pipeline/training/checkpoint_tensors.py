@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.training.safe_reading import read_tensors
 
 # Mapped bytes count as held once they were read: after so many the files are mapped anew.
-_MAPPED_BYTES = 256 << 20
+_MAPPED_BYTES = 64 << 20
 _OPTIMIZER = "optimizer_state_dict"
 _PARTITIONS = ("single_partition_of_fp32_groups", "fp32_flat_groups")  # stages 1 and 2; stage 3
 
@@ -92,14 +92,18 @@ class CheckpointTensors:
             )
         place = self._places[name]
         parts = [self._piece(piece) for piece in place.pieces]
-        whole = torch.cat([part.reshape(-1) for part in parts])[: math.prod(place.shape)]
+        whole = torch.cat(parts)  # a copy, also of a single part
+        count = math.prod(place.shape)
+        if whole.numel() > count:  # without the padding, and without keeping it
+            whole = whole[:count].clone()
         if whole.is_floating_point():
             whole = whole.float()
+        del parts
         self._mapped += whole.nbytes
         if self._mapped >= _MAPPED_BYTES:
             self._open.clear()
             self._mapped = 0
-        return whole.reshape(place.shape).clone()
+        return whole.reshape(place.shape)
 
     def _piece(self, piece: _Piece) -> torch.Tensor:
         value: Any = self._content(piece.file)
