@@ -285,12 +285,7 @@ class Reporter:
             return
         share = self._run.share
         with written_checkpoint(
-            self._run.engine,
-            self._run.spec,
-            state,
-            share.rank,
-            share.num_workers,
-            self._run.tokenizer_folder,
+            self._run.engine, self._run.spec, state, share.rank, share.num_workers
         ) as folder:
             ray.train.report(
                 metrics,
