@@ -43,7 +43,7 @@ fast: setup
 
 # Two files at a time: most of their time goes to Rays that start and stop.
 slow: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "slow and not faults" -n 2 --dist loadfile --durations=30
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n 2 --dist loadfile --durations=30
 
 bench: setup  ## Benchmarks' tables: make bench TEXT=FILE TOKENIZER=FOLDER
 	@test -n "$(TEXT)" -a -n "$(TOKENIZER)" || { echo "make bench measures on real text: give \

@@ -77,10 +77,10 @@ class PlainDella(nn.Module):
         self, attention: nn.Module, hidden: Tensor, visible: Tensor, z: Tensor | None
     ) -> Tensor:
         """Softmax attention with every score of every head."""
-        c_attn: nn.Module = attention.c_attn  # type: ignore[assignment]
-        query, key, value = c_attn.projection(hidden).chunk(3, dim=-1)
+        projection = attention.get_submodule("c_attn.projection")
+        query, key, value = projection(hidden).chunk(3, dim=-1)
         if z is not None:
-            value = self.fused(c_attn.fusion, value, z)
+            value = self.fused(attention.get_submodule("c_attn.fusion"), value, z)
         query, key, value = (
             x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value)
         )

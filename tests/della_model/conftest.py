@@ -17,7 +17,7 @@ CHECKED = (
 
 # Before the first import of the package, or its functions are already defined unchecked.
 with install_import_hook([f"della_model.{module}" for module in CHECKED], "beartype.beartype"):
-    from della_model import Della, DellaConfig
+    from della_model import Condition, Della, DellaConfig
 
 BOS, EOS = 1, 2
 
@@ -85,6 +85,32 @@ def pad(documents: list[list[int]], side: str = "right", to: int = 0) -> Batch:
         ids[row, start : start + len(document)] = torch.tensor(document)
         mask[row, start : start + len(document)] = 1
     return Batch(ids, mask)
+
+
+def assert_generations_agree(
+    model: Della,
+    prompts: list[list[int]],
+    sources: list[list[int]] | None,
+    latents: Tensor,
+    *,
+    max_new_tokens: int,
+    **options: Any,
+) -> None:
+    """With the cache, without it, and each document alone, `generate` gives the same tokens."""
+    options |= {"max_new_tokens": max_new_tokens, "pad_token_id": EOS, "eos_token_id": EOS}
+
+    def continued(rows: list[int], **more: Any) -> Tensor:
+        ids, mask = pad([prompts[row] for row in rows], side="left")
+        if sources is not None:
+            more["condition"] = Condition(*pad([sources[row] for row in rows]))
+        out = model.generate(ids, attention_mask=mask, latents=latents[rows], **options, **more)
+        out = out[:, ids.shape[1] :]
+        return torch.nn.functional.pad(out, (0, max_new_tokens - out.shape[1]), value=EOS)
+
+    cached = continued(list(range(len(prompts))))
+    assert torch.equal(continued(list(range(len(prompts))), use_cache=False), cached)
+    for row in range(len(prompts)):
+        assert torch.equal(continued([row])[0], cached[row])
 
 
 @pytest.fixture

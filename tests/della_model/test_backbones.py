@@ -8,7 +8,7 @@ import torch
 from della_model import Condition, Della, DellaConfig
 from della_model.backbones import BACKBONES
 from tests.della_model.backbone_data import BOS, EOS, FAMILIES
-from tests.della_model.conftest import pad, randomize
+from tests.della_model.conftest import assert_generations_agree, pad, randomize
 
 SOURCES = [[BOS, 3, 14, EOS], [BOS, 15, 9, 26, 5, EOS], [BOS, 35, EOS], [BOS, 8, 9, EOS],
            [BOS, 7, 7, 9, 32, 38, 46, EOS]]  # fmt: skip
@@ -169,23 +169,10 @@ def test_backbone_latents_reach_their_own_layers_alone(model, batch):
 def test_backbone_cached_uncached_and_batched_generation_agree(model, conditional, options):
     model = model.double()
     prompts = [[BOS, 9, 41], [BOS], [BOS, 17, 3, 30, 8]]
-    sources = SOURCES[:3]
-    all_sources = Condition(*pad(sources)) if conditional else None
-    latents = model.sample_prior(3, condition=all_sources, generator=seeded())
-    options = {"max_new_tokens": 9, "pad_token_id": EOS, "eos_token_id": EOS, **options}
-
-    def continued(rows, **more):
-        ids, mask = pad([prompts[row] for row in rows], side="left")
-        if conditional:
-            more["condition"] = Condition(*pad([sources[row] for row in rows]))
-        out = model.generate(ids, attention_mask=mask, latents=latents[rows], **options, **more)
-        out = out[:, ids.shape[1] :]
-        return torch.nn.functional.pad(out, (0, 9 - out.shape[1]), value=EOS)
-
-    cached = continued([0, 1, 2])
-    assert torch.equal(continued([0, 1, 2], use_cache=False), cached)
-    for row in range(3):
-        assert torch.equal(continued([row])[0], cached[row])
+    sources = SOURCES[:3] if conditional else None
+    condition = Condition(*pad(sources)) if conditional else None
+    latents = model.sample_prior(3, condition=condition, generator=seeded())
+    assert_generations_agree(model, prompts, sources, latents, max_new_tokens=9, **options)
 
 
 @family

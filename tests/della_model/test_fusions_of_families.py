@@ -7,7 +7,7 @@ import torch
 
 from della_model import FUSIONS, Condition, Della, DellaConfig
 from tests.della_model.backbone_data import BOS, EOS, FAMILIES
-from tests.della_model.conftest import pad, randomize
+from tests.della_model.conftest import assert_generations_agree, pad, randomize
 
 PROMPTS = [[BOS, 9, 41], [BOS], [BOS, 17, 3, 30, 8]]
 SOURCES = [[BOS, 3, 14, EOS], [BOS, 15, 9, 26, 5, EOS], [BOS, 35, EOS]]
@@ -75,19 +75,7 @@ def test_fusion_in_family_padding_changes_nothing_and_all_parameters_learn(
 @every_pair
 def test_fusion_in_family_cached_uncached_and_batched_generation_agree(family, fusion, conditional):
     model = build(family, fusion, conditional)
+    sources = SOURCES if conditional else None
     condition = Condition(*pad(SOURCES)) if conditional else None
     latents = 2 * model.sample_prior(noise=noise_for(model), condition=condition)
-    options = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": EOS, "eos_token_id": EOS}
-
-    def continued(rows, **more):
-        ids, mask = pad([PROMPTS[row] for row in rows], side="left")
-        if conditional:
-            more["condition"] = Condition(*pad([SOURCES[row] for row in rows]))
-        out = model.generate(ids, attention_mask=mask, latents=latents[rows], **options, **more)
-        out = out[:, ids.shape[1] :]
-        return torch.nn.functional.pad(out, (0, 7 - out.shape[1]), value=EOS)
-
-    cached = continued([0, 1, 2])
-    assert torch.equal(continued([0, 1, 2], use_cache=False), cached)
-    for row in range(3):
-        assert torch.equal(continued([row])[0], cached[row])
+    assert_generations_agree(model, PROMPTS, sources, latents, max_new_tokens=7, do_sample=False)
