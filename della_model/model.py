@@ -147,7 +147,11 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
         fields = set(DellaConfig.__annotations__) - {"backbone"}
         della_options = {name: options.pop(name) for name in fields & set(options)}
         where = {name: options[name] for name in _SOURCE_OPTIONS & set(options)}
-        backbone_config = AutoConfig.from_pretrained(folder_or_hub_id, **where)
+        # Said in words: left open, transformers asks at the terminal.
+        trusted = options.pop("trust_remote_code", False)
+        backbone_config = AutoConfig.from_pretrained(
+            folder_or_hub_id, trust_remote_code=trusted, **where
+        )
         check_supported(backbone_config.model_type)
         # Before the weights are read, so that a wrong option costs no wait.
         DellaConfig(backbone=backbone_config, **della_options)

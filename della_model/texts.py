@@ -67,7 +67,9 @@ class TextInterface:
         """
         if self._tokenizer is None:
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self.config._name_or_path)
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    self.config._name_or_path, trust_remote_code=False
+                )
             except (OSError, ValueError, TypeError) as error:
                 raise InputError(
                     f"texts: expected a tokenizer beside the weights in "

@@ -29,6 +29,7 @@ from pipeline.artifact import Artifact
 from pipeline.cluster import refuse_storage_that_vanishes
 from pipeline.errors import UserError, nearest, user_error_within
 from pipeline.runner import Input, plan, run_stage
+from pipeline.secrets import redacted
 from pipeline.specs import (
     ClusterSpec,
     CorpusSpec,
@@ -42,6 +43,8 @@ from pipeline.specs import (
     TrainSpec,
     TuneSpec,
 )
+from pipeline.specs.doctor import DoctorSpec
+from pipeline.specs.export import ExportSpec
 from pipeline.specs.generate import GenerateSpec
 from pipeline.specs.render import RenderSpec
 from pipeline.specs.tune import TRIAL_EPOCHS
@@ -62,6 +65,8 @@ GROUPS: dict[str, type[Spec]] = {
     "search": SearchSpec,
     "evaluate": EvaluationSpec,
     "generate": GenerateSpec,
+    "export": ExportSpec,
+    "doctor": DoctorSpec,
     "cluster": ClusterSpec,
     "render": RenderSpec,
 }
@@ -141,9 +146,9 @@ def guarded(body: Callable[[], None]) -> None:
     except Exception as error:
         user_error = user_error_within(error)
         if user_error is None:
-            traceback.print_exc()
+            print(redacted(traceback.format_exc()), file=sys.stderr)
             sys.exit(1)
-        print(f"error: {user_error.message}", file=sys.stderr)
+        print(f"error: {redacted(user_error.message)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -308,7 +313,7 @@ def ensure(
     if planned.is_done:
         Console().print(f"{name}: already done", highlight=False)
     artifact = run_stage(planned)
-    print(f"artifact: {artifact.folder}", flush=True)
+    print(redacted(f"artifact: {artifact.folder}"), flush=True)
     return artifact
 
 

@@ -22,6 +22,7 @@ from jobs.job_file import expand_arguments, file_of_arguments, job_from_config  
 from pipeline.chain.driver import Selection  # noqa: E402
 from pipeline.cluster import refuse_storage_that_vanishes  # noqa: E402
 from pipeline.errors import UserError, nearest  # noqa: E402
+from pipeline.secrets import has_credentials, redacted  # noqa: E402
 from pipeline.specs.render import RenderSpec  # noqa: E402
 from pipeline.storage import Location  # noqa: E402
 
@@ -32,6 +33,13 @@ def main(config: Config) -> None:
     if action not in actions:
         raise UserError(
             f"action={action} is not one of {', '.join(actions)}{nearest(str(action), actions)}."
+        )
+    if has_credentials(str(config["storage"])):
+        raise UserError(
+            f"storage={redacted(config['storage'])} holds a key: the stages run in processes of "
+            "their own, and Ray shows a job's command to all who see its dashboard; give keys in "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or as your storage's own client reads "
+            "them, on every node."
         )
     selection = Selection(config["from"], config["only"], config["force"])
     job = job_from_config(config, file_of_arguments(sys.argv[1:]))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import UserError
+from pipeline.secrets import redacted
 from pipeline.storage import Location
 
 FORMAT = 1
@@ -52,8 +53,8 @@ class Artifact:
     error: str | None = None
 
     def save(self) -> Artifact:
-        """Write `artifact.json` into the folder; return self."""
-        record = {"format": FORMAT} | asdict_shallow(self)
+        """Write `artifact.json` into the folder, without secrets; return self."""
+        record = {"format": FORMAT} | redacted(asdict_shallow(self))
         (self.folder / FILE_NAME).write_json(record)
         return self
 

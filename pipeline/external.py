@@ -13,7 +13,7 @@ from pipeline.storage import Location
 
 # Settings of an evaluation that name a further model, which judges texts.
 _JUDGES = ("reference_model", "mauve_model", "bertscore_model")
-_CONTENT = (".safetensors", ".bin", ".json", ".txt")
+_CONTENT = (".safetensors", ".bin", ".json", ".txt", ".py")
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from pipeline.lease import FOLDER as LEASE
 from pipeline.lease import Claim, held
 from pipeline.progress import Progress
 from pipeline.specs import EvaluateSpec, PreprocessSpec, ReportSpec, Spec, TrainSpec, TuneSpec
+from pipeline.specs.export import ExportSpec
 from pipeline.storage import Location
 
-StageName = Literal["preprocess", "train", "tune", "evaluate", "report"]
+StageName = Literal["preprocess", "train", "tune", "evaluate", "report", "export"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ KINDS: dict[str, StageKind] = {
         StageKind("tune", TuneSpec, ("dataset",)),
         StageKind("evaluate", EvaluateSpec, ("weights", "dataset")),
         StageKind("report", ReportSpec, (), ("training", "figures"), ("runs",)),
+        StageKind("export", ExportSpec, ("checkpoint",)),
     )
 }
 
@@ -84,7 +86,8 @@ class Input:
 
     @classmethod
     def of_folder(cls, name: str, folder: Location) -> Input:
-        """Read the fingerprint of a folder: its artifact's, or that of bare weights' files.
+        """Read the fingerprint of a folder: its artifact's, or that of bare weights' or of a
+        checkpoint's files.
 
         Raises:
             UserError: if the folder is not there, or its stage has not finished.
@@ -96,6 +99,10 @@ class Input:
             from pipeline.weights import fingerprint_weights
 
             return cls(folder, fingerprint_weights(folder))
+        if artifact is None and name == "checkpoint":
+            from pipeline.training.finding import find_checkpoint, fingerprint_checkpoint
+
+            return cls(folder, fingerprint_checkpoint(find_checkpoint(folder)))
         if artifact is None:
             artifact = Artifact.load(folder)
         if artifact.status != "done":

@@ -18,11 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.artifact import digest
 from pipeline.errors import UserError
 from pipeline.storage import Location
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+CHECKSUM = "checksum"  # of the manifest's other keys
 SPLITS = ("train", "valid", "test")
 SCHEMA = pa.schema(
     [
@@ -280,6 +282,11 @@ class Split:
         )
 
 
+def checksum_of(manifest: Mapping[str, Any]) -> str:
+    """Sha256, in hex, of what a manifest says beside its checksum."""
+    return digest({key: value for key, value in manifest.items() if key != CHECKSUM})
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A finished dataset: its manifest, its tokenizer, its splits."""
@@ -306,6 +313,13 @@ class Dataset:
             raise UserError(
                 f"{file} was written in another format than {FORMAT}, which this version reads: "
                 "run preprocess again with this version."
+            )
+        # Datasets of earlier versions have none.
+        if CHECKSUM in manifest and manifest[CHECKSUM] != checksum_of(manifest):
+            raise UserError(
+                f"{file} is not what preprocess wrote (its checksum is another): training would "
+                f"take other data than recorded; restore it, or delete {folder} and run "
+                "preprocess again."
             )
         return cls(folder, manifest)
 

@@ -54,6 +54,12 @@ class Location:
         return cls(filesystem, path, "" if scheme == "file" else scheme, query)
 
     def __truediv__(self, name: str) -> Location:
+        """What lies below this: nothing that is written below a storage can leave it.
+
+        Raises:
+            UserError: if the name leads out of it.
+        """
+        require_below(name, self)
         return replace(self, path=f"{self.path.rstrip('/')}/{name}")
 
     def __str__(self) -> str:
@@ -185,12 +191,33 @@ class Location:
         )
 
     def download(self, folder: Path) -> Path:
-        """Copy this folder's content into a local one; return that."""
+        """Copy this folder's content into a local one; return that.
+
+        Raises:
+            UserError: if an object's name leads out of the folder.
+        """
+        prefix = f"{self.path.rstrip('/')}/"
+        for child in self.children(recursive=True):
+            require_below(child.path.removeprefix(prefix), self)
         folder.mkdir(parents=True, exist_ok=True)
         fs.copy_files(
             self.path, str(folder), self.filesystem, fs.LocalFileSystem(), use_threads=True
         )
         return folder
+
+
+def require_below(name: str, folder: object) -> None:
+    """Check that a name below a folder stays below it.
+
+    Raises:
+        UserError: if it is absolute, empty or has a part `..`.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if not parts[0] or ".." in parts or "\0" in name:
+        raise UserError(
+            f"'{name}' is no name below {folder}: expected one without '..' that does not begin "
+            "with '/', so that nothing is read or written outside of that folder; rename it."
+        )
 
 
 def local_copy(location: Location, cache: Path) -> Path:

@@ -250,8 +250,12 @@ def load_gpt2(folder: Location, special: Mapping[str, str] | None = None) -> Any
     return _wrap_with(backend, [GPT2_SPECIAL] * 3, special)
 
 
-def load_hf(path: str, special: Mapping[str, str] | None = None) -> Any:
-    """Load a tokenizer of a folder or hub id by `AutoTokenizer`, without running code from it.
+def load_hf(
+    path: str, special: Mapping[str, str] | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load a tokenizer of a folder or hub id by `AutoTokenizer`.
+
+    Code that lies beside it is run only with `trust_remote_code`.
 
     `special` names tokens for `bos`, `eos` and `pad` that take the place of its own; those that it
     has not get the next ids.
@@ -262,7 +266,7 @@ def load_hf(path: str, special: Mapping[str, str] | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(
             f"tokenizer.path={path} gives no tokenizer ({first_line(error)}): expected a folder "

@@ -31,8 +31,8 @@ _NOT_CONTENT = ("_name_or_path", "transformers_version")
 def resolve_weights(folder: Location) -> Location:
     """Find the `from_pretrained` folder that `weights=FOLDER` means.
 
-    A training artifact means its best weights, a search those of its best trial; a
-    `from_pretrained` folder means itself.
+    A training artifact means its best weights, a search those of its best trial, an export those
+    that it made; a `from_pretrained` folder means itself.
 
     Raises:
         UserError: if the folder is neither, or its training has left no weights yet.
@@ -46,10 +46,12 @@ def resolve_weights(folder: Location) -> Location:
                 "expected weights that its validation has saved; run its command again first."
             )
         return best
+    if artifact is not None and artifact.stage == "export":
+        return folder / "weights"
     if artifact is not None:
         raise UserError(
             f"weights={folder} is the artifact of the stage {artifact.stage}: expected one of "
-            "train or tune, or a from_pretrained folder; give what jobs/train.py printed."
+            "train, tune or export, or a from_pretrained folder; give what jobs/train.py printed."
         )
     if not (folder / "config.json").is_file():
         inner = next((n for n in ("best", "last") if (folder / n / "config.json").is_file()), None)

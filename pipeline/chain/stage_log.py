@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from pipeline.secrets import redacted
 from pipeline.storage import Location
 
 FILE_NAME = "log.txt"
@@ -21,7 +22,8 @@ class StageLog:
         self._is_new = False
 
     def write(self, line: str) -> None:
-        """Add a line."""
+        """Add a line, without secrets."""
+        line = redacted(line)
         if self._file.is_local:
             path = Path(self._file.path)
             path.parent.mkdir(parents=True, exist_ok=True)

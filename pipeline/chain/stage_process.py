@@ -21,6 +21,7 @@ from typing import Any
 from pipeline.artifact import Artifact
 from pipeline.errors import user_error_within
 from pipeline.runner import Label, Planned, kind_of, run_stage
+from pipeline.secrets import redacted
 from pipeline.specs import ClusterSpec
 from pipeline.storage import Location
 
@@ -103,9 +104,9 @@ def main() -> int:
     except Exception as error:
         user_error = user_error_within(error)
         if user_error is None:
-            traceback.print_exc()
+            print(redacted(traceback.format_exc()), file=sys.stderr, flush=True)
             return 1
-        print(f"error: {user_error.message}", file=sys.stderr, flush=True)
+        print(f"error: {redacted(user_error.message)}", file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from pipeline.artifact import versions
 from pipeline.corpora.index import CorpusIndex
 from pipeline.corpora.writing import REJECTED, UNITS, Recipe, UnitRecord
-from pipeline.shards import FORMAT, MANIFEST, SPLITS
+from pipeline.shards import CHECKSUM, FORMAT, MANIFEST, SPLITS, checksum_of
 from pipeline.storage import Location
 
 
@@ -52,18 +52,23 @@ def commit(
         "rejected_files": [r.rejected_file for r in records if r.rejected_file],
         "versions": versions(),
     }
+    manifest[CHECKSUM] = checksum_of(manifest)
     (recipe.output / MANIFEST).write_json(manifest)
-    named = {part["file"] for split in splits.values() for part in split["parts"]}
-    named |= {record.rejected_file for record in records if record.rejected_file}
-    _clear_all_but(named, recipe.output)
+    clear_leftovers(manifest, recipe.output)
     return manifest
 
 
-def _clear_all_but(named: set[str], output: Location) -> None:
+def clear_leftovers(manifest: dict[str, Any], output: Location) -> None:
     """Delete what runs cut short left behind, and the records that the manifest replaces."""
+    named = {part["file"] for split in manifest["splits"].values() for part in split["parts"]}
+    named |= set(manifest["rejected_files"])
     for folder in (*SPLITS, REJECTED):
         for file in (output / folder).children():
             if f"{folder}/{file.name}" not in named:
+                file.delete()
+    for place in (output, output / "tokenizer"):  # files that were being written
+        for file in place.children():
+            if file.name.endswith(".tmp"):
                 file.delete()
     (output / UNITS).delete()
 

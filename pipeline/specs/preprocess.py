@@ -87,6 +87,8 @@ class TokenizerSpec(Spec):
     vocab_size: int | None = Field(None, ge=260)
     # kind=gpt2: a folder with vocab.json and merges.txt; kind=hf: a folder or hub id.
     path: Annotated[str | None, NotIdentity] = None
+    # kind=hf: run Python code that lies beside the tokenizer, where it needs its own.
+    trust_remote_code: Annotated[bool, NotIdentity] = False
     # Special tokens of a loaded tokenizer, added where it lacks them; None: its own.
     bos_token: str | None = None
     eos_token: str | None = None
@@ -112,6 +114,10 @@ class TokenizerSpec(Spec):
         if self.kind != "bpe" and self.vocab_size is not None:
             raise ValueError(
                 f"tokenizer.vocab_size is for tokenizer=bpe; tokenizer={self.kind} brings its own"
+            )
+        if self.kind != "hf" and self.trust_remote_code:
+            raise ValueError(
+                "tokenizer.trust_remote_code is for tokenizer=hf, which alone may bring code"
             )
         if self.kind == "bpe" and self.special_tokens:
             raise ValueError(

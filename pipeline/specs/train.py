@@ -17,6 +17,8 @@ class ModelSpec(Spec):
     family: str = "gpt2"  # from scratch: which kind of backbone has that size
     # A folder or hub id of a pretrained decoder; its content is an input with a fingerprint.
     backbone: Annotated[str | None, NotIdentity] = None
+    # Run Python code that lies beside the backbone's weights.
+    trust_remote_code: Annotated[bool, NotIdentity] = False
     context: int = Field(512, gt=2)  # longest document in tokens; from scratch only
     dropout: float = Field(0.1, ge=0, lt=1)
     latents: Literal["layerwise", "single", "independent", "none"] = "layerwise"

@@ -23,7 +23,7 @@ from rich.console import Console
 from pipeline.artifact import digest, versions
 from pipeline.cluster import connected, require_shared_storage
 from pipeline.corpora import CorpusIndex, Unit, index_corpus
-from pipeline.corpora.commit import commit, figures_of, print_table
+from pipeline.corpora.commit import clear_leftovers, commit, figures_of, print_table
 from pipeline.corpora.index import local_source, relocated
 from pipeline.corpora.reading import read_unit
 from pipeline.corpora.tally import Tally
@@ -66,7 +66,9 @@ def fingerprint_source(tokenizer: TokenizerSpec) -> str:
     folder = Location.parse(path)
     if tokenizer.kind == "gpt2" or folder.exists():
         return fingerprint_files(folder)
-    return fingerprint_tokenizer(load_hf(path))  # a hub id
+    return fingerprint_tokenizer(
+        load_hf(path, trust_remote_code=tokenizer.trust_remote_code)
+    )  # a hub id
 
 
 def run_preprocess(
@@ -85,7 +87,9 @@ def run_preprocess(
     del inputs  # nothing but raw files, which the spec names
     console = Console()
     if (output / MANIFEST).is_file():
-        return figures_of(Dataset.open(output).manifest, None, None)
+        manifest = Dataset.open(output).manifest
+        clear_leftovers(manifest, output)  # if the run that wrote it ended right after
+        return figures_of(manifest, None, None)
     index = index_corpus(spec.corpus, spec.shard_bytes)
     _say_what_is_left_out(console, index)
     with connected(spec.cluster):
@@ -168,14 +172,12 @@ def _tokenizer(
     marker = folder.parent / UNITS / "tokenizer.json"
     made_by = versions().get("tokenizers", "")
     wanted = digest({"kind": spec.kind, "special": spec.special_tokens, "versions": made_by})
-    if marker.is_file() and marker.read_json()["key"] == wanted:
-        kept = load_tokenizer(folder)
-        if fingerprint_tokenizer(kept) == marker.read_json()["fingerprint"]:
-            return kept
+    if (kept := _kept_tokenizer(marker, wanted, folder)) is not None:
+        return kept
     if spec.kind == "gpt2":
         tokenizer = load_gpt2(Location.parse(str(spec.path)), spec.special_tokens)
     elif spec.kind == "hf":
-        tokenizer = load_hf(str(spec.path), spec.special_tokens)
+        tokenizer = load_hf(str(spec.path), spec.special_tokens, spec.trust_remote_code)
     else:
         assert spec.vocab_size is not None
         texts = _training_texts(index, limits, shares, console)
@@ -188,6 +190,18 @@ def _tokenizer(
     _save(tokenizer, folder)
     marker.write_json({"key": wanted, "fingerprint": fingerprint_tokenizer(tokenizer)})
     return tokenizer
+
+
+def _kept_tokenizer(marker: Location, wanted: str, folder: Location) -> Any | None:
+    """The tokenizer that a run cut short has made, if it is the one wanted and whole."""
+    try:
+        made = marker.read_json() if marker.is_file() else {}
+        if made.get("key") != wanted:
+            return None
+        kept = load_tokenizer(folder)
+    except UserError:  # damaged since: it is made again
+        return None
+    return kept if fingerprint_tokenizer(kept) == made["fingerprint"] else None
 
 
 def _save(tokenizer: Any, folder: Location) -> None:
@@ -325,23 +339,37 @@ def _quiet_ray_data() -> Iterator[None]:
 
 
 def _finished_units(units: list[Unit], recipe: Recipe) -> dict[int, UnitRecord]:
-    """Records of an earlier attempt whose work is the same and whose parts are whole."""
+    """Records of an earlier attempt whose work is the same and whose parts are whole.
+
+    By their checksums: a power cut may leave a file of the right size with other content, and
+    reading a part costs far less than making it.
+    """
     by_number = {unit.number: unit for unit in units}
     files = [f for f in (recipe.output / UNITS).children() if f.name[:-5].isdigit()]
     with ThreadPoolExecutor(_THREADS) as pool:
-        records = [UnitRecord(**value) for value in pool.map(Location.read_json, files)]
+        records = [record for record in pool.map(_record_in, files) if record is not None]
 
     def is_whole(record: UnitRecord) -> bool:
         unit = by_number.get(record.number)
         return (
             unit is not None
             and record.key == recipe.key(unit)
-            and all(
-                (recipe.output / part["file"]).info().size == part["bytes"]
-                for part in record.parts.values()
-            )
+            and all(_is_whole(recipe.output / part["file"], part) for part in record.parts.values())
+            and (record.rejected_file is None or (recipe.output / record.rejected_file).is_file())
         )
 
     with ThreadPoolExecutor(_THREADS) as pool:
         whole = list(pool.map(is_whole, records))
     return {r.number: r for r, good in zip(records, whole, strict=True) if good}
+
+
+def _record_in(file: Location) -> UnitRecord | None:
+    """A unit's record; None where it was damaged: the unit is done again."""
+    try:
+        return UnitRecord(**file.read_json())
+    except (UserError, TypeError):
+        return None
+
+
+def _is_whole(file: Location, part: dict[str, Any]) -> bool:
+    return bool(file.info().size == part["bytes"] and file.sha256() == part["sha256"])

@@ -1,7 +1,8 @@
 """Checkpoints: all that a run needs to go on exactly where it was.
 
 A checkpoint is one folder in which every rank has written its own DeepSpeed files, and rank 0
-`state.json`. Random state is not in it: every draw is a pure function of seed and step.
+`state.json` and what the model is. Random state is not in it: every draw is a pure function of seed
+and step.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from pipeline.artifact import digest, versions
 from pipeline.batches import Position
 from pipeline.errors import UserError
 from pipeline.specs import TrainSpec
+from pipeline.storage import Location
+from pipeline.training.description import describe_model
+from pipeline.training.safe_reading import no_code_from_files
 
 FORMAT = 1
 STATE = "state.json"
-_TAG = "deepspeed"
+TAG = "deepspeed"  # the folder of DeepSpeed's files
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,21 @@ def checkpoint_name(step: int) -> str:
 
 @contextmanager
 def written_checkpoint(
-    engine: Any, spec: TrainSpec, state: RunState, rank: int, world_size: int
+    engine: Any,
+    spec: TrainSpec,
+    state: RunState,
+    rank: int,
+    world_size: int,
+    tokenizer: Location,
 ) -> Iterator[Path]:
     """Write this rank's part to a temporary folder, which is there while the body runs.
 
     A collective call: every rank must make it.
     """
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
-        engine.save_checkpoint(scratch, tag=_TAG, save_latest=False)
+        engine.save_checkpoint(scratch, tag=TAG, save_latest=False)
         if rank == 0:
+            describe_model(engine.module.model, spec, tokenizer, Path(scratch))
             record = _Record(
                 FORMAT,
                 asdict(state),
@@ -102,7 +112,8 @@ def load_checkpoint(engine: Any, spec: TrainSpec, folder: Path, world_size: int)
             f"train.num_workers={world_size}: each worker holds its own part of it; set "
             f"train.num_workers={record['world_size']}."
         )
-    loaded, _ = engine.load_checkpoint(str(folder), tag=_TAG)
+    with no_code_from_files(folder):
+        loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
     state = RunState(**record["state"])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from della_model import Della
 from pipeline.specs import TrainSpec
@@ -24,6 +25,8 @@ ADAPTER = "adapter"
 _CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 _BASE_LAYER = ".base_layer"
+# Gives one parameter whole, in float32 on the CPU; None on ranks that keep none.
+Whole = Callable[[nn.Parameter], torch.Tensor | None]
 
 
 def export_weights(
@@ -38,7 +41,9 @@ def export_weights(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_tensors(whole_tensors(model, is_first), folder if is_first else None)
-        write_adapter(model, spec, folder / ADAPTER if is_first else None)
+        write_adapter(
+            model, spec, folder / ADAPTER if is_first else None, lambda p: full_tensor(p, is_first)
+        )
         if not is_first:
             return
         save_configs(model, folder)
@@ -53,21 +58,26 @@ def whole_tensors(model: Della, on_this_rank: bool) -> Iterator[tuple[str, torch
     call: every rank must run through it; ranks other than `on_this_rank` yield nothing. Tied
     weights come once.
     """
+    yield from merged_tensors(model, lambda parameter: full_tensor(parameter, on_this_rank))
+    if on_this_rank:
+        for name, buffer in persistent_buffers(model):
+            yield name, buffer.cpu().clone()
+
+
+def merged_tensors(model: Della, whole: Whole) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model's parameters as `whole` gives them, low-rank updates merged; tied ones once."""
     updates = {id(update.weight): update for update in low_rank_updates(model)}
     parts = {id(part) for update in updates.values() for part in (update.a, update.b)}
     for name, parameter in model.named_parameters():
         if id(parameter) in parts:
             continue
         update = updates.get(id(parameter))
-        full = full_tensor(parameter, on_this_rank)
+        full = whole(parameter)
         if update is not None:
-            a, b = (full_tensor(part, on_this_rank) for part in (update.a, update.b))
+            a, b = whole(update.a), whole(update.b)
             full = None if full is None else update.merged(full, a, b)
         if full is not None:
             yield name.replace(_BASE_LAYER, ""), full
-    if on_this_rank:
-        for name, buffer in persistent_buffers(model):
-            yield name, buffer.cpu().clone()
 
 
 def write_tensors(
@@ -112,12 +122,15 @@ def write_tensors(
     (folder / _INDEX).write_text(json.dumps(index, indent=2))
 
 
-def write_adapter(model: Della, spec: TrainSpec, folder: Path | None) -> None:
-    """Write the low-rank updates as peft does; nothing where there are none. A collective call."""
+def write_adapter(model: Della, spec: TrainSpec, folder: Path | None, whole: Whole) -> None:
+    """Write the low-rank updates as peft does; nothing where there are none.
+
+    Every rank runs through it; those without a folder write nothing.
+    """
     found: dict[str, torch.Tensor] = {}
     for update in low_rank_updates(model.backbone):
         for kind, part in (("lora_A", update.a), ("lora_B", update.b)):
-            full = full_tensor(part, folder is not None)
+            full = whole(part)
             if full is not None:
                 found[f"base_model.model.{update.name}.{kind}.weight"] = full
     if folder is None or not found:

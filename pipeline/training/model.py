@@ -86,7 +86,7 @@ def della_config(spec: TrainSpec, vocabulary: Vocabulary, conditional: bool = Fa
                 pad_token_id=vocabulary.pad_id,
             )
         else:
-            backbone = _pretrained_config(str(model.backbone), vocabulary)
+            backbone = _pretrained_config(str(model.backbone), vocabulary, model.trust_remote_code)
         if model.attention != "auto":
             backbone._attn_implementation = model.attention
         return DellaConfig(backbone=backbone, **_latent_options(spec, conditional))
@@ -125,6 +125,7 @@ def build_model(
             model = load_sharded(config, Path(folder), spec.train.seed, deepspeed_config)
         if model is None:  # built whole; DeepSpeed shards it later, if it is to
             options = _latent_options(spec, conditional)
+            options["trust_remote_code"] = spec.model.trust_remote_code
             if spec.model.attention != "auto":
                 options["attn_implementation"] = spec.model.attention
             model = Della.from_backbone(folder, dtype=torch.float32, **options)
@@ -288,11 +289,13 @@ def _latent_options(spec: TrainSpec, conditional: bool) -> dict[str, Any]:
     }
 
 
-def _pretrained_config(name: str, vocabulary: Vocabulary) -> Any:
+def _pretrained_config(name: str, vocabulary: Vocabulary, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(backbone_folder(name))
+        config = AutoConfig.from_pretrained(
+            backbone_folder(name), trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise _unreadable(name, error) from None
     if vocabulary.ordinary_size > config.vocab_size:

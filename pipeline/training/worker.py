@@ -285,7 +285,12 @@ class Reporter:
             return
         share = self._run.share
         with written_checkpoint(
-            self._run.engine, self._run.spec, state, share.rank, share.num_workers
+            self._run.engine,
+            self._run.spec,
+            state,
+            share.rank,
+            share.num_workers,
+            self._run.tokenizer_folder,
         ) as folder:
             ray.train.report(
                 metrics,

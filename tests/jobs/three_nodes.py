@@ -35,6 +35,6 @@ if __name__ == "__main__":
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         cluster.add_node(**node, temp_dir=folder)
     cluster.wait_for_nodes()
-    print(f"dashboard http://{cluster.head_node.webui_url}", flush=True)
+    print(f"dashboard http://{cluster.head_node.webui_url} {cluster.address}", flush=True)
     sys.stdin.read()
     cluster.shutdown()

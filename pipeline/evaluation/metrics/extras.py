@@ -15,6 +15,8 @@ from pipeline.specs.evaluate import EvaluationSpec
 if TYPE_CHECKING:
     from pipeline.storage import Location
 
+# A judge is read, never run: its family is one that transformers itself knows.
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 # Setting -> the package that it needs, by import name and by the name to install.
 _PACKAGES = {
     "mauve_model": ("mauve", "mauve-text"),
@@ -56,8 +58,8 @@ class ReferenceModel:
 
         path = local_folder(folder)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            self._tokenizer = AutoTokenizer.from_pretrained(path, **_NO_CODE)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **_NO_CODE)
         except (OSError, ValueError) as error:
             reason = first_line(error)
             raise UserError(
@@ -116,7 +118,8 @@ def _text_features(texts: Sequence[str], folder: str) -> np.ndarray:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **_NO_CODE)
+    model = AutoModel.from_pretrained(folder, **_NO_CODE)
     model = model.eval()
     longest = getattr(model.config, "max_position_embeddings", None)
     # An empty text has no last token: the tokenizer's end stands for it.
@@ -137,7 +140,7 @@ def bertscore(
     from bert_score import BERTScorer
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, **_NO_CODE)
     scorer = BERTScorer(model_type=model, num_layers=layer or config.num_hidden_layers)
     # A tokenizer that was saved without a bound has 1e30, which tokenizers refuse.
     tokenizer = scorer._tokenizer

@@ -1,0 +1,1 @@
+"""A cluster looked over before its first run: one module a kind of check."""
