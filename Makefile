@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint fast slow bench constraints clean
+.PHONY: help setup demo test check lint fast slow faults bench constraints clean
 
 help:  ## List what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,11 +39,14 @@ lint: setup
 
 # A process a core, each with one thread: the models of these tests are too small to share.
 fast: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n auto
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not faults" -n auto
 
 # Two files at a time: most of their time goes to Rays that start and stop.
 slow: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "slow and not faults" -n 2 --dist loadfile --durations=30
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "slow and (not faults or short)" -n 2 --dist loadfile --durations=30
+
+faults: setup  ## Kill, starve and damage trainings for real (longer than the rest of the suite)
+	$(RUN) -m pytest -m faults --durations=20
 
 bench: setup  ## Benchmarks' tables: make bench TEXT=FILE TOKENIZER=FOLDER
 	@test -n "$(TEXT)" -a -n "$(TOKENIZER)" || { echo "make bench measures on real text: give \
