@@ -43,10 +43,10 @@ fast: setup
 
 # Two files at a time: most of their time goes to Rays that start and stop.
 slow: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -n 2 --dist loadfile --durations=30
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "slow and (not faults or short)" -n 2 --dist loadfile --durations=30
 
-# Workers, drivers and nodes killed, files damaged: real failures, one after the other.
-faults: setup  ## Kill processes and damage files, at every point
+# Workers, drivers and nodes killed, files damaged, disks filled: one after the other.
+faults: setup  ## Kill, starve and damage runs for real (longer than the rest of the suite)
 	$(RUN) -m pytest -m faults --durations=20
 
 bench: setup  ## Benchmarks' tables: make bench TEXT=FILE TOKENIZER=FOLDER

@@ -30,9 +30,11 @@ from della_model import Della
 from pipeline.specs import TrainSpec
 from pipeline.storage import Location
 from pipeline.tokenization import train_bpe
-from pipeline.training.checkpoint import STATE, TAG, RunState
+from pipeline.training.checkpoint import TAG, RunState
 from pipeline.training.description import describe_model
+from pipeline.training.finding import STATE
 from pipeline.training.model import Vocabulary, della_config
+from pipeline.training.store import MANIFEST, Manifest, stored_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,9 +51,13 @@ def main() -> None:
         # In a process of its own: a child begins with its parent's peak.
         with ProcessPoolExecutor(1, get_context("spawn")) as writer:
             model_bytes = writer.submit(write_checkpoint, folder / "step", options).result()
-        on_disk = sum(f.stat().st_size for f in (folder / "step").rglob("*") if f.is_file())
+        on_disk = sum(
+            f.stat().st_size for f in (folder / "step-000000001").rglob("*") if f.is_file()
+        )
         before = peak_of(["-c", "import pipeline.stages.export, pipeline.training.description"])
-        peak = peak_of(["jobs/export.py", f"checkpoint={folder}/step", f"storage={folder}/runs"])
+        peak = peak_of(
+            ["jobs/export.py", f"checkpoint={folder}/step-000000001", f"storage={folder}/runs"]
+        )
     print(f"{options.size}, ZeRO stage {options.stage}, {options.ranks} ranks")
     print(f"weights {model_bytes / 1e6:,.0f} MB, checkpoint {on_disk / 1e6:,.0f} MB")
     print(f"peak {peak / 1e6:,.0f} MB, of these {before / 1e6:,.0f} MB by importing alone")
@@ -92,6 +98,9 @@ def write_checkpoint(folder: Path, options: argparse.Namespace) -> int:
         state = {key: [share], "partition_count": options.ranks, "base_optimizer_state": moments}
         file = folder / TAG / f"{rank_name.format(rank)}_optim_states.pt"
         torch.save({"optimizer_state_dict": state}, file)
+    target = Location.parse(folder.parent / "step-000000001")
+    files = stored_folder(folder, target)
+    Manifest(1, options.ranks, options.stage, None, files).save(target / MANIFEST)
     return sum(p.nbytes for p in named.values())
 
 

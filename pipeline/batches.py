@@ -218,9 +218,16 @@ def split(documents: Documents, num_workers: int, accumulation: int) -> list[lis
     ]
 
 
-def dropout_seed(seed: int, step: int, rank: int, micro: int) -> int:
-    """The torch seed of one forward: set before it, no random state needs to be saved."""
-    return torch_seed(seed, Purpose.DROPOUT, step, rank, micro)
+def dropout_seed(seed: int, step: int, part: int) -> int:
+    """The torch seed of one forward: set before it, no random state needs to be saved.
+
+    Args:
+        seed: the run's.
+        step: of the optimizer.
+        part: which part of the global batch it is, as `split` deals them. The same number of parts
+            on more or fewer workers are the same parts, and draw the same dropout.
+    """
+    return torch_seed(seed, Purpose.DROPOUT, step, part)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeVar
 
 
 class UserError(Exception):
@@ -33,8 +34,16 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" (did you mean '{found[0]}'?)" if found else ""
 
 
+_E = TypeVar("_E", bound=BaseException)
+
+
 def user_error_within(error: BaseException | None) -> UserError | None:
-    """Find the `UserError` that a worker raised inside the wrappers that Ray puts around it.
+    """Find the `UserError` that a worker raised inside the wrappers that Ray puts around it."""
+    return error_within(error, UserError)
+
+
+def error_within(error: BaseException | None, kind: type[_E]) -> _E | None:
+    """Find an error of a kind inside the wrappers that Ray puts around it.
 
     Ray nests the original in `cause` (RayTaskError), in `worker_failures` (Ray Train V2) or in
     `__cause__`; the search follows all three.
@@ -46,7 +55,7 @@ def user_error_within(error: BaseException | None) -> UserError | None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, UserError):
+        if isinstance(current, kind):
             return current
         pending += [current.__cause__, current.__context__, getattr(current, "cause", None)]
         failures = getattr(current, "worker_failures", None)

@@ -48,7 +48,7 @@ def fingerprints(spec: Spec) -> dict[str, str]:
 
 def _corpus_and_tokenizer(spec: PreprocessSpec) -> dict[str, External]:
     from pipeline.corpora import index_corpus
-    from pipeline.stages.preprocess import fingerprint_source
+    from pipeline.tokenization import fingerprint_source
 
     index = index_corpus(spec.corpus, spec.shard_bytes)
     only = len(index.fingerprints) == 1

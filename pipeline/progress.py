@@ -150,16 +150,33 @@ def duration(seconds: float) -> str:
 
 
 class _Mailbox:
-    """Holds the newest message of a worker."""
+    """Holds the newest message of a worker, what was said, and what is asked of the workers."""
 
     def __init__(self) -> None:
         self._message: dict[str, Any] | None = None
+        self._said: list[str] = []
+        self._asked: str | None = None
+        self._training = False
 
-    def put(self, message: dict[str, Any]) -> None:
+    def put(self, message: dict[str, Any]) -> str | None:
         self._message = message
+        return self._asked
 
-    def get(self) -> dict[str, Any] | None:
-        return self._message
+    def get(self) -> tuple[dict[str, Any] | None, list[str]]:
+        said, self._said = self._said, []
+        return self._message, said
+
+    def say(self, text: str) -> None:
+        self._said.append(text)
+
+    def ask(self, what: str | None) -> None:
+        self._asked = what
+
+    def set_training(self, training: bool) -> None:
+        self._training = training
+
+    def is_training(self) -> bool:
+        return self._training
 
 
 class ProgressMailbox:
@@ -167,23 +184,62 @@ class ProgressMailbox:
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
+        self._answer: Any = None  # to the last message, on its way
+        self._asked: str | None = None
 
     @classmethod
     def create(cls) -> ProgressMailbox:
-        """Start the actor on the connected Ray; it takes no CPU."""
+        """Start the actor on the driver's node, which outlives the others; it takes no CPU."""
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        return cls(ray.remote(num_cpus=0)(_Mailbox).remote())
+        here = ray.get_runtime_context().get_node_id()
+        strategy = NodeAffinitySchedulingStrategy(here, soft=False)
+        actor = ray.remote(num_cpus=0, scheduling_strategy=strategy)(_Mailbox)
+        return cls(actor.remote())
 
     def send(self, done: float, **notes: Any) -> None:
         """Replace the state that the driver shows."""
-        self._actor.put.remote({"done": done, **notes})
+        self._answer = self._actor.put.remote({"done": done, **notes})
 
-    def read(self) -> Mapping[str, Any] | None:
-        """The newest state, or None before the first."""
+    def say(self, text: str) -> None:
+        """Have the driver print a sentence."""
+        self._actor.say.remote(text)
+
+    def asked(self) -> str | None:
+        """What was asked of the workers, as of the last message that was answered."""
         import ray
 
-        return ray.get(self._actor.get.remote())
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._asked = ray.get(self._answer)
+            self._answer = None
+        return self._asked
+
+    def ask(self, what: str | None) -> None:
+        """Ask something of the workers; None: nothing any more."""
+        import ray
+
+        ray.get(self._actor.ask.remote(what))
+
+    def set_training(self, training: bool) -> None:
+        """Tell whether the workers are in their loop."""
+        import ray
+
+        ray.get(self._actor.set_training.remote(training))
+
+    def is_training(self) -> bool:
+        """Whether the workers are in their loop."""
+        import ray
+
+        training: bool = ray.get(self._actor.is_training.remote())
+        return training
+
+    def read(self) -> tuple[Mapping[str, Any] | None, list[str]]:
+        """The newest state, or None before the first, and what was said since the last look."""
+        import ray
+
+        message, said = ray.get(self._actor.get.remote())
+        return message, said
 
 
 @contextmanager
@@ -191,11 +247,16 @@ def followed(mailbox: ProgressMailbox, progress: Progress, every_s: float = 0.5)
     """Show in `progress` what workers send to `mailbox`, while the body runs."""
     stop = threading.Event()
 
+    def look() -> None:
+        message, said = mailbox.read()
+        for text in said:
+            progress.console.print(text, soft_wrap=True, highlight=False, markup=False)
+        if message:
+            progress.update(**message)
+
     def follow() -> None:
         while not stop.wait(every_s):
-            message = mailbox.read()
-            if message:
-                progress.update(**message)
+            look()
 
     thread = threading.Thread(target=follow, daemon=True, name="progress")
     with progress:
@@ -205,6 +266,4 @@ def followed(mailbox: ProgressMailbox, progress: Progress, every_s: float = 0.5)
         finally:
             stop.set()
             thread.join()
-            message = mailbox.read()
-            if message:
-                progress.update(**message)
+            look()

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from pipeline.artifact import digest
 from pipeline.errors import UserError, first_line
 from pipeline.shards import Documents
+from pipeline.specs import TokenizerSpec
 from pipeline.storage import Location
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
@@ -351,3 +352,14 @@ def fingerprint_files(folder: Location) -> str:
             "or with vocab.json and merges.txt; check the path."
         )
     return digest(found)
+
+
+def fingerprint_source(tokenizer: TokenizerSpec) -> str:
+    """Name a tokenizer that is loaded by its content."""
+    path = str(tokenizer.path)
+    folder = Location.parse(path)
+    if tokenizer.kind == "gpt2" or folder.exists():
+        return fingerprint_files(folder)
+    return fingerprint_tokenizer(
+        load_hf(path, trust_remote_code=tokenizer.trust_remote_code)
+    )  # a hub id

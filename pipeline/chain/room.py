@@ -68,9 +68,9 @@ def _from_spec(spec: Spec, cluster: Share) -> Share:
 
 def _training(spec: TrainSpec, others: int, what: str) -> Share:
     train = spec.train
-    require_cpus(train.num_workers, train.cpus_per_worker, others, what)
-    gpu = wants_gpu(train.use_gpu, train.num_workers, what)
-    return Share(train.num_workers * train.cpus_per_worker, train.num_workers if gpu else 0)
+    require_cpus(train.min_workers, train.cpus_per_worker, others, what)
+    gpu = wants_gpu(train.use_gpu, train.min_workers, what)
+    return Share(train.max_workers * train.cpus_per_worker, train.max_workers if gpu else 0)
 
 
 def room_beside(running: Iterable[Share], cluster: Share) -> Share:

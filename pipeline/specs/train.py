@@ -135,12 +135,47 @@ class OptimizationSpec(Spec):
     eval_documents: int = Field(2000, gt=0)  # of the validation split, the same ones every time
     log_every: Annotated[int, NotIdentity] = Field(10, gt=0)
     keep_checkpoints: Annotated[int, NotIdentity] = Field(2, gt=0)
-    num_workers: int = Field(1, gt=0)
+    # A number, or the least and the most: then as many as the cluster has room for, up and down.
+    num_workers: int | tuple[int, int] = 1
+    # Seconds between two looks at whether the cluster has room for more workers, or fewer.
+    resize_every_s: Annotated[float, NotIdentity] = Field(30.0, gt=0)
     cpus_per_worker: Annotated[int, NotIdentity] = Field(1, gt=0)
     use_gpu: Annotated[bool | Literal["auto"], NotIdentity] = "auto"
+    # How often the workers are started again after a fault, and after a preemption; -1: always.
     max_failures: Annotated[int, NotIdentity] = Field(3, ge=-1)
+    max_preemptions: Annotated[int, NotIdentity] = Field(-1, ge=-1)
+    # Seconds that a checkpoint may take once workers or driver were told that they must go.
+    grace_s: Annotated[float, NotIdentity] = Field(30.0, gt=0)
+    # Seconds without a step after which a worker hangs, and is started again; none: never.
+    step_timeout_s: Annotated[float | None, NotIdentity] = Field(1800.0, gt=0)
+    # Go on from checkpoints that another version of the code or of its libraries wrote.
+    accept_other_versions: Annotated[bool, NotIdentity] = False
     # Updates in a row that may be left out, because their gradient is not finite.
     max_skipped_steps: Annotated[int, NotIdentity] = Field(10, ge=0)
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that a run goes with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that a run takes."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers follows the cluster."""
+        return not isinstance(self.num_workers, int)
+
+    @model_validator(mode="after")
+    def _workers(self) -> Self:
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise ValueError(
+                f"train.num_workers={self.num_workers} is refused: expected a number from 1 on, or "
+                "the least and the most, as in [1,4]"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ends(self) -> Self:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from pipeline.specs.export import ExportSpec
-from pipeline.storage import Location, local_copy
-from pipeline.training.finding import find_checkpoint, read_state
+from pipeline.storage import Location
+from pipeline.training.finding import find_checkpoint, read_manifest, torn_explained
+from pipeline.training.store import verified
 
 if TYPE_CHECKING:
     import torch
@@ -48,19 +49,20 @@ def run_export(spec: ExportSpec, inputs: dict[str, Location], output: Location) 
 
     console = Console()
     checkpoint = find_checkpoint(inputs["checkpoint"], spec.which)
-    state = read_state(checkpoint)
+    manifest = read_manifest(checkpoint)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="export-") as scratch, _beside(output) as folder:
-        source = local_copy(checkpoint, Path(scratch))
+        with torn_explained(checkpoint):
+            source = verified(checkpoint, manifest.files, Path(scratch))
         settings = described_spec(source)
         model = described_model(source, settings)
         num_parameters = write_weights(source, model, settings, folder)
         num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         replace_folder(folder, output / WEIGHTS)
     figures = {
-        "step": state["state"]["step"],
-        "zero_stage": state["zero_stage"],
-        "num_ranks": state["world_size"],
+        "step": manifest.step,
+        "zero_stage": manifest.zero_stage,
+        "num_ranks": manifest.world_size,
         "num_parameters": num_parameters,
         "bytes": num_bytes,
         "export_s": round(time.monotonic() - started, 3),

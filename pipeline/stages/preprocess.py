@@ -44,7 +44,6 @@ from pipeline.shards import MANIFEST, Dataset
 from pipeline.specs import CorpusSpec, PreprocessSpec, TokenizerSpec
 from pipeline.storage import Location
 from pipeline.tokenization import (
-    fingerprint_files,
     fingerprint_tokenizer,
     load_gpt2,
     load_hf,
@@ -58,17 +57,6 @@ _SOURCE = "source"  # a generated corpus, copied to where all nodes can read it
 _CHATTY = ("ray.data", "ray.data._internal.progress")
 _THREADS = 16  # for many small files
 _UNITS_IN_FLIGHT = 4  # units that an actor has, those that wait included
-
-
-def fingerprint_source(tokenizer: TokenizerSpec) -> str:
-    """Name a tokenizer that is loaded by its content."""
-    path = str(tokenizer.path)
-    folder = Location.parse(path)
-    if tokenizer.kind == "gpt2" or folder.exists():
-        return fingerprint_files(folder)
-    return fingerprint_tokenizer(
-        load_hf(path, trust_remote_code=tokenizer.trust_remote_code)
-    )  # a hub id
 
 
 def run_preprocess(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,6 +19,7 @@ from pipeline.shards import Dataset, Split
 from pipeline.specs import TrainSpec
 from pipeline.storage import Location
 from pipeline.training.deepspeed_config import check_extra
+from pipeline.training.identity import claim_run
 from pipeline.training.metrics import SUMMARY, read_rows
 from pipeline.training.model import (
     Vocabulary,
@@ -26,7 +31,9 @@ from pipeline.training.model import (
 if TYPE_CHECKING:
     from della_model import DellaConfig
 
-RUN_NAME = "checkpoints"
+# Ray's own name for a run. It keeps nothing there: its list of checkpoints is written in place,
+# so that a kill at the wrong moment would leave a run that no longer starts.
+RUN_NAME = "ray"
 
 
 def run_train(spec: TrainSpec, inputs: dict[str, Location], output: Location) -> dict[str, Any]:
@@ -47,8 +54,9 @@ def run_train(spec: TrainSpec, inputs: dict[str, Location], output: Location) ->
     with connected(spec.cluster):
         require_shared_storage(output)
         train = spec.train
-        require_cpus(train.num_workers, train.cpus_per_worker, 0, "train.num_workers")
+        require_cpus(train.min_workers, train.cpus_per_worker, 0, "train.num_workers")
         check_inputs(spec, dataset)
+        claim_run(spec, dataset, output)
         if "valid" not in Dataset.open(dataset).split_names:
             console.print(
                 "the dataset has no split 'valid': training goes without validation, and "
@@ -58,7 +66,7 @@ def run_train(spec: TrainSpec, inputs: dict[str, Location], output: Location) ->
         mailbox = ProgressMailbox.create()
         trainer = build_trainer(spec, dataset, output, mailbox)
         with followed(mailbox, Progress("train", _total_steps(spec, dataset), "steps", console)):
-            _fit(trainer)
+            _fit(trainer, mailbox, train.grace_s)
     figures = _figures(output)
     _print_table(console, figures)
     return figures
@@ -130,14 +138,25 @@ def build_trainer(
     Raises:
         UserError: if GPUs are asked for that the cluster does not have.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipeline.training.callbacks import OnValidation, StopOnUserError
+    from pipeline.training.callbacks import (
+        Budgets,
+        CheckpointBeforeResize,
+        OnValidation,
+        SigtermIsNotice,
+    )
     from pipeline.training.worker import WorkerConfig, train_loop_per_worker
 
     train = spec.train
-    use_gpu = wants_gpu(train.use_gpu, train.num_workers, "train.num_workers")
+    use_gpu = wants_gpu(train.use_gpu, train.min_workers, "train.num_workers")
+    guards: list[Any] = [
+        Budgets(train.max_failures, train.max_preemptions, mailbox),
+        SigtermIsNotice(),
+    ]
+    if train.is_elastic and mailbox is not None:
+        guards.append(CheckpointBeforeResize(mailbox, train.grace_s))
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"worker": WorkerConfig(spec, dataset, output, use_gpu, mailbox)},
@@ -145,27 +164,66 @@ def build_trainer(
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
             use_gpu=use_gpu,
+            elastic_resize_monitor_interval_s=train.resize_every_s,
             resources_per_worker={"CPU": train.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
         run_config=RunConfig(
             name=RUN_NAME,
             storage_path=output.path,
             storage_filesystem=None if output.is_local else output.filesystem,
-            failure_config=FailureConfig(max_failures=train.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
-            callbacks=[StopOnUserError(), *(OnValidation(callback) for callback in callbacks)],
+            # `Budgets` counts: Ray takes no worker for preempted that was told by a signal.
+            failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1),
+            callbacks=[*guards, *(OnValidation(callback) for callback in callbacks)],
         ),
     )
 
 
-def _fit(trainer: Any) -> None:
+def _fit(trainer: Any, mailbox: ProgressMailbox, grace_s: float) -> None:
+    """Train to the end.
+
+    Raises:
+        KeyboardInterrupt: if a SIGTERM came; the workers have left a checkpoint if they could.
+    """
+    stopped = threading.Event()
+    with _sigterm_stops(mailbox, grace_s, stopped):
+        try:
+            trainer.fit()
+        except Exception as error:
+            if stopped.is_set():
+                raise KeyboardInterrupt from None
+            reason = user_error_within(error)
+            if reason is not None:
+                raise reason from None
+            raise
+
+
+@contextmanager
+def _sigterm_stops(
+    mailbox: ProgressMailbox, grace_s: float, stopped: threading.Event
+) -> Iterator[None]:
+    """While the body runs, a SIGTERM asks the workers to leave a checkpoint and end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask() -> None:
+        mailbox.ask("STOPPED")
+        if not over.wait(grace_s):
+            os.kill(os.getpid(), signal.SIGINT)  # Ray Train then ends the workers as they are
+
+    def on_signal(number: int, frame: Any) -> None:
+        del number, frame
+        if not stopped.is_set():
+            stopped.set()
+            threading.Thread(target=ask, daemon=True, name="stop").start()
+
+    over = threading.Event()
+    before = signal.signal(signal.SIGTERM, on_signal)
     try:
-        trainer.fit()
-    except Exception as error:
-        reason = user_error_within(error)
-        if reason is not None:
-            raise reason from None
-        raise
+        yield
+    finally:
+        over.set()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _total_steps(spec: TrainSpec, dataset: Location) -> int:

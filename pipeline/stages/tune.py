@@ -44,7 +44,7 @@ def run_tune(spec: TuneSpec, inputs: dict[str, Location], output: Location) -> d
     check_search(spec)
     with connected(spec.cluster):
         require_shared_storage(output)
-        workers = spec.trial.train.num_workers
+        workers = spec.trial.train.max_workers
         require_cpus(workers, spec.trial.train.cpus_per_worker, 1, "train.num_workers")
         train_stage.check_inputs(spec.trial, inputs["dataset"])
         concurrent = min(spec.max_concurrent or room_for_trials(spec.trial), spec.num_trials)
@@ -58,11 +58,11 @@ def room_for_trials(trial: TrainSpec) -> int:
     import ray
 
     total = float(ray.cluster_resources().get("CPU", 0))
-    each = trial.train.num_workers * trial.train.cpus_per_worker + DRIVER_CPUS
+    each = trial.train.max_workers * trial.train.cpus_per_worker + DRIVER_CPUS
     by_cpu = math.floor(total / each)
     if trial.train.use_gpu is False or num_gpus() == 0:
         return max(by_cpu, 1)
-    return max(min(by_cpu, num_gpus() // trial.train.num_workers), 1)
+    return max(min(by_cpu, num_gpus() // trial.train.max_workers), 1)
 
 
 def _search(spec: TuneSpec, dataset: Location, output: Location, concurrent: int) -> Any:
@@ -81,7 +81,7 @@ def _search(spec: TuneSpec, dataset: Location, output: Location, concurrent: int
     console = Console()
     console.print(
         f"search: {spec.num_trials} trials, {concurrent} at once, each with "
-        f"{spec.trial.train.num_workers} workers",
+        f"{spec.trial.train.max_workers} workers",
         highlight=False,
     )
     with Progress("search", spec.num_trials, "trials", console) as SearchProgress.shown:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, Literal
 
 from pipeline.artifact import Artifact, digest
 from pipeline.errors import UserError
 from pipeline.storage import Location
+from pipeline.training.store import (
+    CHECKPOINTS,
+    MANIFEST,
+    CheckpointStore,
+    Manifest,
+    TornCheckpointError,
+    check_sizes,
+)
 
 STATE = "state.json"  # as pipeline.training.checkpoint writes it
-RUNS = "checkpoints"  # of a train artifact
 
 
 def find_checkpoint(folder: Location, which: Literal["last", "best"] = "last") -> Location:
@@ -20,7 +30,7 @@ def find_checkpoint(folder: Location, which: Literal["last", "best"] = "last") -
     Raises:
         UserError: if there is none, or not the best any more.
     """
-    if (folder / STATE).is_file():
+    if (folder / MANIFEST).is_file() or (folder / STATE).is_file():
         return folder
     artifact = Artifact.find(folder)
     if artifact is not None and artifact.stage != "train":
@@ -28,28 +38,30 @@ def find_checkpoint(folder: Location, which: Literal["last", "best"] = "last") -
             f"checkpoint={folder} is the artifact of the stage {artifact.stage}: expected a "
             "checkpoint or the artifact of train, which alone writes them."
         )
-    parent = folder / RUNS if artifact is not None else folder
-    found = [child for child in parent.children() if (child / STATE).is_file()]
-    if not found:
+    store = CheckpointStore(folder / CHECKPOINTS if artifact is not None else folder, keep=1)
+    steps = store.whole_steps()
+    if not steps:
         raise UserError(
-            f"checkpoint={folder} holds no checkpoint ({STATE} is missing): expected a folder "
-            f"{RUNS}/step-… that training wrote, or its artifact with one; check the path, or train"
-            " to the first checkpoint (train.checkpoint_every)."
+            f"checkpoint={folder} holds no checkpoint ({MANIFEST} is missing): expected a folder "
+            f"{CHECKPOINTS}/step-… that training wrote, or its artifact with one; check the path, "
+            "or train to the first checkpoint (train.checkpoint_every)."
         )
-    last = max(found, key=lambda checkpoint: int(read_state(checkpoint)["state"]["step"]))
-    return last if which == "last" else _best(last, found)
+    return store / (steps[0] if which == "last" else _best(store, steps))
 
 
-def _best(last: Location, found: list[Location]) -> Location:
-    best = read_state(last)["state"].get("best")
-    step = None if best is None else best["step"]
-    for checkpoint in found:
-        if step is not None and read_state(checkpoint)["state"]["step"] == step:
-            return checkpoint
-    steps = ", ".join(str(read_state(checkpoint)["state"]["step"]) for checkpoint in found)
-    why = "nothing was validated" if step is None else f"the best step, {step}, was not kept"
+def _best(store: CheckpointStore, steps: list[int]) -> int:
+    """The step of the best validation, if its checkpoint is there."""
+    best = read_state(store / steps[0])["state"].get("best")
+    if best is not None and best["step"] in steps:
+        return int(best["step"])
+    kept = ", ".join(str(step) for step in steps)
+    why = (
+        "nothing was validated"
+        if best is None
+        else f"no checkpoint of the best step, {best['step']}, was kept"
+    )
     raise UserError(
-        f"which=best has no checkpoint here ({why}; there are those of {steps}): give which=last, "
+        f"which=best has no checkpoint here ({why}; there are those of {kept}): give which=last, "
         "or take the run's weights/best, which training wrote at that validation."
     )
 
@@ -70,16 +82,33 @@ def read_state(checkpoint: Location) -> dict[str, Any]:
 
 
 def fingerprint_checkpoint(checkpoint: Location) -> str:
-    """Name a checkpoint by its record and its files' names and sizes; no file is read for it.
-
-    The record holds the run's settings, its step and the time that it took.
+    """Name a checkpoint by the checksums of its files, as its manifest has them.
 
     Raises:
-        UserError: if its record is damaged.
+        UserError: if it is torn.
     """
-    prefix = checkpoint.path.rstrip("/") + "/"
-    files = {
-        file.path.removeprefix(prefix): file.info().size or 0
-        for file in checkpoint.children(recursive=True)
-    }
-    return digest({"state": str(read_state(checkpoint)), "files": files})
+    return digest({name: asdict(file) for name, file in read_manifest(checkpoint).files.items()})
+
+
+def read_manifest(checkpoint: Location) -> Manifest:
+    """The manifest of a checkpoint, all of whose files are there in their sizes.
+
+    Raises:
+        UserError: if it is torn.
+    """
+    with torn_explained(checkpoint):
+        manifest = Manifest.load(checkpoint / MANIFEST)
+        check_sizes(checkpoint, manifest.files)
+    return manifest
+
+
+@contextmanager
+def torn_explained(checkpoint: Location) -> Iterator[None]:
+    """While the body runs, a torn checkpoint is a user's error, in one sentence."""
+    try:
+        yield
+    except TornCheckpointError as error:
+        raise UserError(
+            f"{checkpoint} is torn ({error}): weights made of it would be wrong; give an earlier "
+            "checkpoint."
+        ) from None

@@ -36,6 +36,17 @@ class Meter:
             self._sums[index] += sums[name] * (loss_scale if name == "loss" else 1.0)
         self._sums[len(_SCALARS) :] += sums["kl_per_layer"]
 
+    @property
+    def local(self) -> list[float]:
+        """This worker's sums, for a checkpoint."""
+        sums: list[float] = self._sums.tolist()
+        return sums
+
+    def restore(self, sums: list[float]) -> None:
+        """Go on from what `local` was; [] is a start at zero."""
+        if sums:
+            self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
+
     def reduced(self) -> dict[str, Any]:
         """Means over all workers' documents in nats, and the counts; starts over.
 

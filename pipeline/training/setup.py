@@ -13,7 +13,7 @@ from pipeline.batches import BatchOrder, MicroBatch, Position, accumulation_step
 from pipeline.shards import Dataset, Split
 from pipeline.specs import TrainSpec
 from pipeline.storage import Location
-from pipeline.training.deepspeed_config import deepspeed_config
+from pipeline.training.deepspeed_config import deepspeed_config, merged
 from pipeline.training.engine import prepare_process, shape_of, start_engine
 from pipeline.training.loader import Padding, Share, TrainLoader, validation_batches
 from pipeline.training.model import (
@@ -77,9 +77,23 @@ def batch_order(spec: TrainSpec, split: Split) -> BatchOrder:
 
 
 def start_run(
-    spec: TrainSpec, dataset_folder: Location, rank: int, num_workers: int, use_gpu: bool
+    spec: TrainSpec,
+    dataset_folder: Location,
+    rank: int,
+    num_workers: int,
+    use_gpu: bool,
+    load_universal: bool = False,
 ) -> Run:
-    """Open the data, build the model and shard it. A collective call."""
+    """Open the data, build the model and shard it. A collective call.
+
+    Args:
+        spec: the run.
+        dataset_folder: the dataset.
+        rank: this worker's.
+        num_workers: how many workers there are.
+        use_gpu: whether this worker has a GPU.
+        load_universal: make an engine that loads a converted checkpoint, and no other.
+    """
     device = prepare_process(spec.train.cpus_per_worker, use_gpu)
     check_attention(spec.model.attention)
     dataset = Dataset.open(dataset_folder)
@@ -89,6 +103,8 @@ def start_run(
     train = spec.train
     accumulation = accumulation_steps(train.batch_tokens, train.micro_batch_tokens, num_workers)
     config = deepspeed_config(spec, num_workers, accumulation)
+    if load_universal:
+        config = merged(config, {"checkpoint": {"load_universal": True}})
     model = build_model(spec, vocabulary, split.is_conditional, config)
     share = Share(rank, num_workers, accumulation)
     padding = Padding(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 import time
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,23 +15,31 @@ from typing import Any
 import ray.train
 import torch
 
+from pipeline.artifact import digest
 from pipeline.batches import dropout_seed
+from pipeline.cluster import scratch_folder
 from pipeline.errors import UserError
 from pipeline.progress import ProgressMailbox
 from pipeline.specs import TrainSpec
 from pipeline.storage import Location
 from pipeline.training.checkpoint import (
+    MeterState,
     RunState,
-    checkpoint_name,
-    load_checkpoint,
-    written_checkpoint,
+    agreed_name,
+    find_newest,
+    write_checkpoint,
 )
-from pipeline.training.engine import grad_norm, made_update, set_learning_rate
+from pipeline.training.disk import full_disk_explained
+from pipeline.training.engine import grad_norm, made_update, prepare_process, set_learning_rate
 from pipeline.training.export import copy_weights, export_weights
 from pipeline.training.loader import StepBatch, TrainLoader
 from pipeline.training.meter import Meter, perplexity
 from pipeline.training.metrics import SUMMARY, VALID_KEYS, MetricsLog
+from pipeline.training.notice import InterruptedRunError, Notice, Notices
 from pipeline.training.setup import Run, start_run
+from pipeline.training.store import CHECKPOINTS, CheckpointStore
+from pipeline.training.upload import Uploader
+from pipeline.training.watchdog import Watchdog
 
 _PROGRESS_EVERY_S = 0.5
 
@@ -43,55 +54,67 @@ class WorkerConfig:
     use_gpu: bool
     mailbox: ProgressMailbox | None
 
+    def say(self, text: str) -> None:
+        """Have the driver print a sentence."""
+        if self.mailbox is not None:
+            self.mailbox.say(text)
+
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
-    """Train from the last checkpoint, or from the start, to the end."""
+    """Train from the last whole checkpoint, or from the start, to the end."""
     worker: WorkerConfig = config["worker"]
     context = ray.train.get_context()
-    run = start_run(
-        worker.spec,
-        worker.dataset,
-        rank=context.get_world_rank(),
-        num_workers=context.get_world_size(),
-        use_gpu=worker.use_gpu,
-    )
-    state = _resumed(run)
-    with closing(Reporter(run, worker.output, worker.mailbox, state.step)) as reporter:
-        train(run, state, reporter)
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    spec = worker.spec
+    prepare_process(spec.train.cpus_per_worker, worker.use_gpu)
+    store = CheckpointStore(worker.output / CHECKPOINTS, spec.train.keep_checkpoints)
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as cache:
+        found = find_newest(store, spec, rank, num_workers, Path(cache), worker.say)
+        run = start_run(
+            spec,
+            worker.dataset,
+            rank=rank,
+            num_workers=num_workers,
+            use_gpu=worker.use_gpu,
+            load_universal=found is not None and found.is_universal,
+        )
+        if found is not None:
+            found.load(run.engine)
+    state, meter_state = (found.state, found.meter) if found else (RunState(), MeterState())
+    with closing(Reporter(run, worker, store, state.step)) as reporter:
+        train(run, state, StepMeter(run, meter_state), reporter)
 
 
-def _resumed(run: Run) -> RunState:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return RunState()
-    with checkpoint.as_directory() as folder:
-        return load_checkpoint(run.engine, run.spec, Path(folder), run.share.num_workers)
+def train(run: Run, state: RunState, meter: StepMeter, reporter: Reporter) -> None:
+    """The loop: step by step to the last, with rows, validations and checkpoints on the way.
 
-
-def train(run: Run, state: RunState, reporter: Reporter) -> None:
-    """The loop: step by step to the last, with rows, validations and checkpoints on the way."""
+    Raises:
+        InterruptedRunError: on notice, when there is a checkpoint of the step.
+    """
     options = run.spec.train
     started = time.monotonic() - state.time_s
-    meter = StepMeter(run)
     with closing(run.loader(state.position)) as loader:
         while state.step < run.total_steps:
             batch = meter.timed(loader)
             updated = train_step(run, state.step, batch, meter.sums)
             state = _advanced(state, batch, updated, time.monotonic() - started)
-            reporter.require_updates(state)
-            reporter.progress(state)
+            reporter.stepped(state)
 
             is_last = state.step == run.total_steps
             validates = bool(run.validation) and (state.step % options.eval_every == 0 or is_last)
             checkpoints = state.step % options.checkpoint_every == 0 or is_last
+            notice = Notice.NONE if is_last else reporter.notices.agreed()
             if validates or checkpoints or state.step % options.log_every == 0:
                 reporter.write(meter.row(state))
             if validates:
-                state = reporter.validated(validate(run, state), state)
-                meter.restart_clock()
+                state = reporter.validated(validate(run, state, reporter.watchdog.pet), state)
+                reporter.report(state)
+            if checkpoints or notice:
+                state = reporter.checkpoint(state, meter.state)
             if validates or checkpoints:
-                reporter.report(state, checkpoints, validates)
                 meter.restart_clock()
+            if notice:
+                reporter.leave(notice, state)
     reporter.export_last(state)
 
 
@@ -105,7 +128,8 @@ def train_step(run: Run, step: int, batch: StepBatch, sums: Meter) -> bool:
     parts = run.share.num_workers * run.share.accumulation
     found: list[dict[str, torch.Tensor]] = []
     for micro, micro_batch in enumerate(batch.micro_batches):
-        torch.manual_seed(dropout_seed(run.spec.train.seed, step, run.share.rank, micro))
+        part = micro * run.share.num_workers + run.share.rank
+        torch.manual_seed(dropout_seed(run.spec.train.seed, step, part))
         loss, summed = run.engine(**micro_batch.arguments(run.device), beta=run.beta(step))
         run.engine.backward(loss)
         run.engine.step()  # updates after the last micro-batch
@@ -118,7 +142,7 @@ def train_step(run: Run, step: int, batch: StepBatch, sums: Meter) -> bool:
 
 
 @torch.no_grad()
-def validate(run: Run, state: RunState) -> dict[str, Any]:
+def validate(run: Run, state: RunState, on_batch: Callable[[], None]) -> dict[str, Any]:
     """Figures over the validation documents; the noise is the same every time."""
     started = time.monotonic()
     meter = Meter(run.num_layers, run.device)
@@ -127,6 +151,7 @@ def validate(run: Run, state: RunState) -> dict[str, Any]:
         beta = run.beta(state.step)
         _, summed = run.engine(**micro_batch.arguments(run.device), beta=beta)
         meter.add(summed)
+        on_batch()
     run.engine.train()
     row = meter.reduced()
     head = {"kind": "valid", "step": state.step, "epoch": state.position.epoch}
@@ -148,15 +173,25 @@ def _advanced(state: RunState, batch: StepBatch, updated: bool, time_s: float) -
 
 
 class StepMeter:
-    """Sums and times of the steps since the last row."""
+    """Sums and times of the steps since the last row.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        run: whose steps.
+        start: what a checkpoint between two rows kept of them.
+    """
+
+    def __init__(self, run: Run, start: MeterState) -> None:
         self._run = run
         self.sums = Meter(run.num_layers, run.device)
-        self._steps = 0
-        self._took_s = self._waited_s = 0.0
-        self._loader_waited_s = 0.0
-        self.restart_clock()
+        self.sums.restore(start.sums)
+        self._steps = start.steps
+        self._waited_s = self._loader_waited_s = 0.0
+        self._clock = time.perf_counter() - start.took_s
+
+    @property
+    def state(self) -> MeterState:
+        """What a checkpoint keeps, so that the next row is the one of an uninterrupted run."""
+        return MeterState(self.sums.local, self._steps, time.perf_counter() - self._clock)
 
     def restart_clock(self) -> None:
         """Leave out the time since the last step ended: it was no training."""
@@ -200,20 +235,50 @@ class StepMeter:
 
 
 class Reporter:
-    """Where figures, checkpoints and weights go; rank 0 writes what all ranks agree on."""
+    """Where figures, checkpoints and weights go; rank 0 writes what all ranks agree on.
+
+    A collective call: its making, as most of what it does.
+    """
 
     def __init__(
-        self, run: Run, output: Location, mailbox: ProgressMailbox | None, resume_step: int
+        self, run: Run, worker: WorkerConfig, store: CheckpointStore, resume_step: int
     ) -> None:
-        self._run, self._output = run, output
-        self._is_first = run.share.rank == 0
-        self._mailbox = mailbox if self._is_first else None
-        self._log = MetricsLog(output, resume_step) if self._is_first else None
-        self._resumed, self._sent_at = resume_step, 0.0
-        self._checkpoint_step = resume_step  # of the last checkpoint; 0: there is none
+        self._run, self._output = run, worker.output
+        options, share = run.spec.train, run.share
+        self._is_first = share.rank == 0
+        self._mailbox = worker.mailbox if self._is_first else None
         self._num_nodes = count_nodes()
+        attempt = agreed_name()
+        self._scratch = rank_scratch(worker.output, share.rank, attempt)
+        self._uploader = Uploader(store, share.rank, share.num_workers, attempt, resume_step)
+        self.watchdog = Watchdog(options.step_timeout_s, worker.say, f"worker {share.rank}")
+        self.notices = Notices(run.device, options.grace_s, self._asked)
+        self._log = None
+        if self._is_first:
+            with self._explained():
+                self._log = MetricsLog(worker.output, resume_step)
+        self._resumed, self._sent_at = resume_step, 0.0
         self._notes: dict[str, Any] = {}
         self._row: dict[str, Any] = {}
+        if self._mailbox is not None:
+            self._mailbox.set_training(True)
+
+    def _asked(self) -> str | None:
+        return None if self._mailbox is None else self._mailbox.asked()
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return full_disk_explained(self._output, lambda: self._uploader.kept)
+
+    def stepped(self, state: RunState) -> None:
+        """Hear of a step that was made.
+
+        Raises:
+            UserError: if the gradients stay infinite or NaN, or a disk is full.
+        """
+        self.watchdog.pet()
+        self._uploader.check()
+        self.require_updates(state)
+        self.progress(state)
 
     def progress(self, state: RunState) -> None:
         """Tell the driver how far the run is, now and then."""
@@ -234,15 +299,12 @@ class Reporter:
         options = self._run.spec.train
         if state.skipped_in_a_row <= options.max_skipped_steps:
             return
-        kept = "there is no checkpoint yet"
-        if self._checkpoint_step:
-            runs = self._output / ray.train.get_context().get_experiment_name()
-            kept = f"the last good checkpoint is {runs / checkpoint_name(self._checkpoint_step)}"
+        self._uploader.wait()
         raise UserError(
             f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to step "
             f"{state.step} (train.max_skipped_steps={options.max_skipped_steps}): training has "
             f"diverged; lower train.learning_rate (now {options.learning_rate:g}) or raise "
-            f"train.warmup_steps; {kept}."
+            f"train.warmup_steps; {self._uploader.kept}."
         )
 
     def write(self, row: dict[str, Any] | None) -> None:
@@ -275,32 +337,61 @@ class Reporter:
         self._export("best")
         return replace(state, best=row)
 
-    def report(self, state: RunState, with_checkpoint: bool, validated: bool) -> None:
-        """Report to Ray Train, with a checkpoint where one is due. A collective call."""
-        if self._log is not None:
-            self._log.flush()
-        metrics = _reported(self._row, state.last_valid if validated else None)
-        if not with_checkpoint:
-            ray.train.report(metrics)
-            return
+    def report(self, state: RunState) -> None:
+        """Report a validation to Ray Train, for those who search. A collective call."""
+        ray.train.report(_reported(self._row, state.last_valid))
+
+    def checkpoint(self, state: RunState, meter: MeterState) -> RunState:
+        """Write a checkpoint here, and have it brought to the storage. A collective call.
+
+        The rows up to it reach the storage first. Returns the state with the time that it took.
+
+        Raises:
+            UserError: if a disk is full.
+        """
+        started = time.monotonic()
+        self._flush()
+        self._uploader.wait()  # before there is a second one in scratch space
         share = self._run.share
-        with written_checkpoint(
-            self._run.engine,
-            self._run.spec,
-            state,
-            share.rank,
-            share.num_workers,
-            self._run.tokenizer_folder,
-        ) as folder:
-            ray.train.report(
-                metrics,
-                checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-                checkpoint_dir_name=checkpoint_name(state.step),
+        scratch = self._scratch / f"{state.step}"
+        with full_disk_explained(scratch, lambda: self._uploader.kept):
+            scratch.mkdir(parents=True)
+            manifest = write_checkpoint(
+                self._run.engine,
+                self._run.spec,
+                state,
+                meter,
+                share.rank,
+                share.num_workers,
+                self._run.tokenizer_folder,
+                scratch,
             )
-        self._checkpoint_step = state.step
+        self._uploader.submit(scratch, manifest)
+        self.watchdog.pet()
+        return replace(state, checkpoint_s=state.checkpoint_s + time.monotonic() - started)
+
+    def _flush(self) -> None:
+        if self._log is not None:
+            with self._explained():
+                self._log.flush()
+
+    def leave(self, notice: Notice, state: RunState) -> None:
+        """End this worker when the checkpoint is in the storage. A collective call.
+
+        Raises:
+            InterruptedRunError: always.
+        """
+        self._uploader.wait()
+        torch.distributed.barrier()  # the first to leave has the others ended
+        if self._mailbox is not None:
+            self._mailbox.say(
+                f"interrupted at step {state.step:,} ({notice.name.lower()}); {self._uploader.kept}"
+            )
+        raise InterruptedRunError(notice, state.step)
 
     def export_last(self, state: RunState) -> None:
         """Leave the final weights and figures. A collective call."""
+        self._uploader.wait()
         self._export("last")
         if not self._is_first:
             return
@@ -309,14 +400,23 @@ class Reporter:
         (self._output / SUMMARY).write_json(self._summary(state))
 
     def close(self) -> None:
-        """Bring the record to the storage."""
+        """Bring the record to the storage, and watch no longer."""
+        self.watchdog.close()
+        self.notices.close()
+        self._uploader.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
         if self._log is not None:
-            self._log.close()
+            with self._explained():
+                self._log.close()
+        if self._mailbox is not None:
+            self._mailbox.set_training(False)
 
     def _export(self, name: str) -> None:
         target = self._output / "weights" / name
         run = self._run
-        export_weights(run.engine, run.spec, run.tokenizer_folder, target, self._is_first)
+        with self._explained():
+            export_weights(run.engine, run.spec, run.tokenizer_folder, target, self._is_first)
+        self.watchdog.pet()
 
     def _summary(self, state: RunState) -> dict[str, Any]:
         return {
@@ -325,6 +425,7 @@ class Reporter:
             "documents_seen": state.documents,
             "tokens_seen": state.tokens,
             "time_s": state.time_s,
+            "checkpoint_s": state.checkpoint_s,
             "steps_skipped": state.skipped,
             "num_parameters": self._run.parameters.total,
             "num_latent_parameters": self._run.parameters.latent,
@@ -334,6 +435,15 @@ class Reporter:
             "best": state.best,
             "last": state.last_valid,
         }
+
+
+def rank_scratch(output: Location, rank: int, attempt: str) -> Path:
+    """A local folder for this rank's checkpoints; what an attempt that died left is deleted."""
+    folder = scratch_folder() / "checkpoints"
+    mine = f"{digest(str(output))[:16]}-{rank:05d}"
+    for left in folder.glob(f"{mine}-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return folder / f"{mine}-{attempt}"
 
 
 def count_nodes() -> int:

@@ -25,8 +25,14 @@ def check_search(spec: TuneSpec) -> None:
 
     Raises:
         UserError: if a key of the space is unknown or a value of its range is refused by the train
-            spec, if a metric is never reported, or a grid has more points than there are trials.
+            spec, if trials are elastic, if a metric is never reported, or a grid has more points
+            than there are trials.
     """
+    if spec.trial.train.is_elastic:
+        raise UserError(
+            f"train.num_workers={spec.trial.train.num_workers} is refused in a search: its "
+            "trials share the cluster, and one that grows takes another's place; give a number."
+        )
     for key, bounds in spec.search.space.items():
         for value in bounds.probes():
             try:

@@ -16,6 +16,7 @@ from pipeline.specs import EvaluateSpec, TuneSpec
 from pipeline.stages import evaluate as evaluate_stage
 from pipeline.stages import train as train_stage
 from pipeline.storage import Location
+from pipeline.training.identity import claim_run
 from pipeline.training.metrics import SUMMARY, VALID_KEYS, read_rows
 from pipeline.tuning.space import EVALUATED, EVALUATED_PREFIX, with_settings
 
@@ -35,6 +36,7 @@ def trainable(spec: TuneSpec, dataset: Location, output: Location) -> Callable[.
         was_done = (folder / SUMMARY).is_file()  # just before the search was killed
         try:
             if not was_done:
+                claim_run(trained, dataset, folder)
                 callbacks = [TuneReportCallback()]
                 train_stage.build_trainer(trained, dataset, folder, callbacks=callbacks).fit()
             figures = _evaluated(spec, dataset, folder) if spec_needs_evaluation(spec) else {}
@@ -70,7 +72,7 @@ def _evaluated(spec: TuneSpec, dataset: Location, folder: Location) -> dict[str,
     settings = {
         "max_documents": search.evaluate_documents,
         "iw_samples": search.evaluate_iw_samples,
-        "num_workers": train.num_workers,
+        "num_workers": train.max_workers,
         "use_gpu": train.use_gpu,
         **dict.fromkeys(
             ("iw_curve_documents", "probe_documents", "num_samples", "num_reconstructions"), 0

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,39 +14,17 @@ from pipeline.errors import UserError
 from pipeline.external import fingerprints as external_inputs
 from pipeline.shards import Dataset
 from pipeline.specs import TrainSpec
-from pipeline.stages.train import RUN_NAME, check_inputs, run_train
+from pipeline.stages.train import check_inputs
 from pipeline.storage import Location
 from pipeline.training.metrics import read_rows
+from pipeline.training.store import CHECKPOINTS
 from tests.pipeline.train_data import small_dataset, train_spec
-
-DRIVER = Path(__file__).with_name("drive_training.py")
+from tests.pipeline.train_runs import resumable, run, weights_in
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return small_dataset(tmp_path_factory.mktemp("data"))
-
-
-def resumable(**values: Any) -> TrainSpec:
-    return train_spec(
-        train__num_workers=2,
-        train__max_steps=40,
-        train__micro_batch_tokens=128,
-        train__checkpoint_every=5,
-        train__eval_every=10,
-        train__log_every=3,
-        **values,
-    )
-
-
-def weights_in(output: Location, name: str = "last") -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(Path(output.path) / "weights" / name / "model.safetensors")
-
-
-def run(spec: TrainSpec, dataset: Dataset, output: Location) -> dict[str, Any]:
-    return run_train(spec, {"dataset": dataset.folder}, output)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +62,7 @@ def test_run_two_workers_leaves_metrics_weights_and_figures(
         model = Della.from_pretrained(folder)
         assert model.dtype == torch.float32
         assert (folder / "tokenizer.json").is_file()
-    kept = [child.name for child in (output / RUN_NAME).children() if "step-" in child.name]
+    kept = [child.name for child in (output / CHECKPOINTS).children() if "step-" in child.name]
     assert kept == ["step-000000035", "step-000000040"]
 
 
@@ -114,80 +84,6 @@ def test_run_exported_weights_give_the_validation_figures(
     )
     nll = figures["last"]["reconstruction_nll"]
     assert float(terms.reconstruction_nll.mean()) == pytest.approx(nll, rel=1e-5)
-
-
-def has_step(output: Location, step: int) -> bool:
-    return any(row["step"] >= step for row in read_rows(output))
-
-
-def await_(condition: Callable[[], bool], process: subprocess.Popen | None = None) -> None:
-    for _ in range(2400):
-        if condition():
-            return
-        assert process is None or process.poll() is None, "the driver ended before it was killed"
-        time.sleep(0.05)
-    raise AssertionError("waited too long")
-
-
-def assert_same_run(output: Location, straight: Location) -> None:
-    timing = {"tokens_per_s", "step_s", "data_wait_s", "time_s", "took_s"}
-    rows, expected = (
-        [{k: v for k, v in row.items() if k not in timing} for row in read_rows(folder)]
-        for folder in (output, straight)
-    )
-    assert rows == expected
-    for name in ("last", "best"):
-        weights, reference = weights_in(output, name), weights_in(straight, name)
-        assert weights.keys() == reference.keys()
-        different = [key for key in weights if not torch.equal(weights[key], reference[key])]
-        assert not different
-
-
-@pytest.mark.slow
-def test_run_driver_killed_and_started_again_equals_the_straight_run(
-    straight: tuple[dict, Location], dataset: Dataset, tmp_path: Path
-) -> None:
-    output = Location.parse(tmp_path / "run")
-    spec = resumable()
-    process = subprocess.Popen(
-        [sys.executable, str(DRIVER), spec.model_dump_json(), str(dataset.folder), str(output)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    try:
-        await_(lambda: has_step(output, 12), process)
-    finally:
-        family = [*psutil.Process(process.pid).children(recursive=True), process]
-        for member in family:
-            member.kill()
-        process.wait()
-    assert not (output / "summary.json").exists()
-    run(spec, dataset, output)
-    assert_same_run(output, straight[1])
-
-
-@pytest.mark.slow
-def test_run_worker_killed_is_restarted_and_equals_the_straight_run(
-    straight: tuple[dict, Location], dataset: Dataset, tmp_path: Path
-) -> None:
-    output = Location.parse(tmp_path / "run")
-    killed: list[int] = []
-
-    def kill_one() -> None:
-        await_(lambda: has_step(output, 12))
-        workers = [
-            process
-            for process in psutil.Process().children(recursive=True)
-            if "RayTrainWorker" in " ".join(process.cmdline())
-        ]
-        workers[0].send_signal(signal.SIGKILL)
-        killed.append(workers[0].pid)
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    run(resumable(), dataset, output)
-    killer.join()
-    assert killed
-    assert_same_run(output, straight[1])
 
 
 @pytest.mark.slow

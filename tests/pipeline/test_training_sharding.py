@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed
-from torch import multiprocessing
 
 from pipeline.batches import Position
 from pipeline.shards import Dataset
@@ -29,6 +24,7 @@ from pipeline.training.model import (
 )
 from pipeline.training.setup import batch_order
 from pipeline.training.trainable import set_trainable
+from tests.pipeline.gloo_processes import start_processes
 from tests.pipeline.train_data import small_dataset, train_spec
 
 pytestmark = pytest.mark.slow
@@ -49,30 +45,6 @@ def spec_of(**values: Any) -> TrainSpec:
         train__beta={"kind": "constant", "delay": 0.0, "value": 0.7},
         **values,
     )
-
-
-def start_processes(work: Any, num_workers: int, *arguments: Any) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(
-        partial(_in_group, work, num_workers, port, arguments), nprocs=num_workers, join=True
-    )
-
-
-def _in_group(
-    work: Any, num_workers: int, port: int, arguments: tuple[Any, ...], rank: int
-) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_workers),
-    }
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=num_workers)
-    work(rank, num_workers, *arguments)
-    torch.distributed.destroy_process_group()
 
 
 def sharded_training(
