@@ -20,9 +20,9 @@ _NOT_CURVES = ("kind", "step", "epoch", "kl_per_layer")
 class MetricsLog:
     """Appends rows; after a restart it first drops the rows of steps that will be made again.
 
-    Rows reach the storage at `flush`, before each checkpoint: whatever a checkpoint's step has
-    seen is there when the run goes on from it. Object storage knows no append, so there each flush
-    writes whole files.
+    On a local disk a row is there at once, for whoever watches the run. Object storage knows no
+    append, so there rows come with `flush`, in whole files, before each checkpoint: whatever a
+    checkpoint's step has seen is there when the run goes on from it.
 
     Args:
         output: the run's folder.
@@ -35,22 +35,21 @@ class MetricsLog:
         self._events = _Events(output / TENSORBOARD)
         for row in self._rows:
             self._events.add(row)
-        self._flushed = 0
-        self.flush(whole=True)
+        self._file.write_bytes(_lines(self._rows))
+        self._events.flush()
 
     def write(self, row: dict[str, Any]) -> None:
         """Add a row; it needs `kind`, `step` and `epoch`."""
         self._rows.append(row)
         self._events.add(row)
-
-    def flush(self, whole: bool = False) -> None:
-        """Bring all rows and events to the storage."""
-        if whole or not self._file.is_local:
-            self._file.write_bytes(_lines(self._rows))
-        else:
+        if self._file.is_local:
             with Path(self._file.path).open("ab") as file:
-                file.write(_lines(self._rows[self._flushed :]))
-        self._flushed = len(self._rows)
+                file.write(_lines([row]))
+
+    def flush(self) -> None:
+        """Bring all rows and events to the storage."""
+        if not self._file.is_local:
+            self._file.write_bytes(_lines(self._rows))
         self._events.flush()
 
     def close(self) -> None:

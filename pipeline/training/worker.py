@@ -312,7 +312,8 @@ class Reporter:
         if row is None:
             return
         if self._log is not None:
-            self._log.write(row)
+            with self._explained():
+                self._log.write(row)
         self._row = row if row["kind"] == "train" else self._row
         self._notes = {
             "tokens/s": self._row.get("tokens_per_s", 0.0),

@@ -27,15 +27,16 @@ DRIVER = Path(__file__).with_name("drive_training.py")
 
 
 def resumable(**values: Any) -> TrainSpec:
-    return train_spec(
-        train__num_workers=2,
-        train__max_steps=40,
-        train__micro_batch_tokens=128,
-        train__checkpoint_every=5,
-        train__eval_every=10,
-        train__log_every=3,
-        **values,
-    )
+    """A run of two workers with checkpoints, validations and rows at steps of their own."""
+    given = {
+        "train__num_workers": 2,
+        "train__max_steps": 40,
+        "train__micro_batch_tokens": 128,
+        "train__checkpoint_every": 5,
+        "train__eval_every": 10,
+        "train__log_every": 3,
+    }
+    return train_spec(**(given | values))
 
 
 def weights_in(output: Location, name: str = "last") -> dict[str, torch.Tensor]:
