@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.artifact import Artifact, now
 from pipeline.errors import UserError
 from pipeline.shards import Dataset
 from pipeline.specs import TrainSpec
@@ -174,11 +175,11 @@ def test_faults_over_the_budget_end_the_run(dataset: Dataset, tmp_path: Path) ->
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB."""
+    """A file system with room for a run, and not for much more."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)],
+        ["mount", "-t", "tmpfs", "-o", "size=192m", "tmpfs", str(folder)],
         capture_output=True,
         check=False,
     )
@@ -201,7 +202,7 @@ def test_disk_that_fills_up_stops_with_one_sentence_and_a_whole_checkpoint(
         with filler.open("wb") as file:
             try:
                 while True:
-                    file.write(bytes(1 << 16))
+                    file.write(bytes(1 << 20))
                     file.flush()
             except OSError:
                 return
@@ -231,6 +232,7 @@ def test_driver_killed_on_object_storage_equals_the_straight_run(
 
 def test_two_drivers_on_one_run_train_once(dataset: Dataset, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
+    Artifact(dataset.folder, "preprocess", "5" * 64, {}, {}, "done", now(), now(), 1.0).save()
     command = [
         sys.executable, "jobs/train.py", f"dataset={dataset.folder}", f"storage={tmp_path}",
         "model=tiny", "model.context=64", "train.max_steps=30", "train.batch_tokens=512",
@@ -272,7 +274,8 @@ def test_elastic_run_follows_the_cluster_up_and_down(dataset: Dataset, tmp_path:
         train__grace_s=60,
     )
     node = {"num_cpus": 1, "object_store_memory": 100_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
+    # A node that is to end with this process sets signal handlers, which a thread cannot.
+    cluster = Cluster(initialize_head=True, head_node_args=node, shutdown_at_exit=False)
 
     def resize() -> None:
         await_(lambda: has_step(output, 20))
