@@ -24,9 +24,9 @@ class DellaConfig(PreTrainedConfig):
         backbone: configuration of the decoder (also of the encoder, which has its shape), as an
             object or a dictionary with `model_type`. Default: GPT-2's published base size.
         latents: "layerwise", a latent in every layer that depends on those below (DELLA);
-            "independent", one in every layer that does not; "single", one for all layers; "constant",
-            a learnt one in every layer, the same for all documents: a plain language model with
-            the decoder of a DELLA; "none", a plain language model.
+            "independent", one in every layer that does not; "single", one for all layers;
+            "constant", a learnt one in every layer, the same for all documents: a plain language
+            model with the decoder of a DELLA; "none", a plain language model.
         latent_size: p, the size of each latent.
         latent_layers: first and last decoder layer with a latent, counted from 0, both included;
             None for all.

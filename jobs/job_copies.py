@@ -50,7 +50,7 @@ class Copy:
 
     @property
     def label(self) -> str:
-        """Its values, without those of keys: what it has in common with its copies of other seeds."""
+        """Its values without those of keys, which it shares with its copies of other seeds."""
         return ", ".join(value for key, value in self.values.items() if "." not in key)
 
 
@@ -100,7 +100,7 @@ def _copies(name: str, stages: Mapping[str, Any]) -> Iterator[Copy]:
 
 
 def _dimensions(name: str, stages: Mapping[str, Any], path: tuple[str, ...]) -> Dimensions:
-    """A stage's own, and those of what it reads; round a cycle, which the graph will refuse, none."""
+    """A stage's own, and those of what it reads; a cycle, which the graph will refuse, ends."""
     entry = stages.get(name)
     if not isinstance(entry, Mapping) or name in path:
         return {}

@@ -71,9 +71,9 @@ def expand_arguments(arguments: list[str]) -> list[str]:
             for_hydra.append(f"job.{key}={value}")
         else:
             known = [*_TOP_LEVEL, *settings, *(f"{stage}.KEY" for stage in stages)]
+            near = nearest(head, [*_TOP_LEVEL, *settings, *stages])
             raise UserError(
-                f"unknown key '{key}'{nearest(head, [*_TOP_LEVEL, *settings, *stages])}; the keys of job "
-                f"{file.stem} are: {', '.join(known)}."
+                f"unknown key '{key}'{near}; the keys of job {file.stem} are: {', '.join(known)}."
             )
     if for_stages:
         for_hydra.append(f"+job.overrides={override_value(for_stages)}")
