@@ -13,6 +13,8 @@
       runs: ['${stage:figures}']                # a list takes all of them
       names: ['${labels:figures}']              # what they are, without the values of keys
 
+What a search found (`from_trial`) wins over `settings` and `each`, and loses to the stage's own
+keys.
 A copy is named after its stage and its values, `model-a-0`. A stage that reads one of many is as
 many, each with the values of what it reads. With `when: false` a stage is left out, and so is a
 `from_trial` that names it.
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import UserError, nearest
@@ -42,6 +44,7 @@ class Copy:
     stage: str  # its name in the file
     values: Mapping[str, str]  # of its dimensions
     entry: Any
+    shared: frozenset[str] = frozenset()  # keys of its entry that `settings` and `each` gave it
 
     @property
     def name(self) -> str:
@@ -68,7 +71,7 @@ def copies(stages: Mapping[str, Any]) -> list[Copy]:
     dropped = stages.keys() - kept.keys()
     found = {name: list(_copies(name, kept)) for name in kept}
     return [
-        Copy(copy.stage, copy.values, _referring(copy, found, dropped))
+        replace(copy, entry=_referring(copy, found, dropped))
         for of_stage in found.values()
         for copy in of_stage
     ]
@@ -89,14 +92,16 @@ def _copies(name: str, stages: Mapping[str, Any]) -> Iterator[Copy]:
     base: Entry = {}
     for table in _tables(name, _SETTINGS, entry.get(_SETTINGS, [])):
         base |= table
-    base |= {key: value for key, value in entry.items() if key not in _OWN}
+    own = {key: value for key, value in entry.items() if key not in _OWN}
+    base |= own
     dimensions = _dimensions(name, stages, ())
     for values in itertools.product(*dimensions.values()):
         chosen = dict(zip(dimensions, values, strict=True))
-        settings = dict(base)
+        of_each: Entry = {}
         for key, value in chosen.items():
-            settings |= dimensions[key][value]
-        yield Copy(name, chosen, settings)
+            of_each |= dimensions[key][value]
+        shared = (base.keys() - own.keys()) | of_each.keys()
+        yield Copy(name, chosen, base | of_each, frozenset(shared))
 
 
 def _dimensions(name: str, stages: Mapping[str, Any], path: tuple[str, ...]) -> Dimensions:

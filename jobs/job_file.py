@@ -22,7 +22,7 @@ from jobs.entry import (
     plain,
     trial_overrides,
 )
-from jobs.job_copies import copies
+from jobs.job_copies import Copy, copies
 from pipeline.chain.job_spec import JobSpec, JobStage, Source, StageReference, TrialSettings
 from pipeline.errors import UserError, nearest
 from pipeline.runner import KINDS, StageKind, kind_of
@@ -140,7 +140,7 @@ def job_from_config(config: Config, file: Path | None = None) -> JobSpec:
         head, line = f"{copy.stage}.", lines.get(copy.stage)
         own = [o.removeprefix(head) for o in overrides if o.startswith(head)]
         place = f"{_shown(file)}:{line}" if file is not None and line else ""
-        stages[copy.name] = _stage(copy.name, copy.entry, own, config["cluster"], place)
+        stages[copy.name] = _stage(copy, own, config["cluster"], place)
     return JobSpec.build(job["name"], stages, cluster, bool(config["code_in_identity"]))
 
 
@@ -156,12 +156,12 @@ def _shown(file: Path) -> str:
 
 
 def _stage(
-    name: str,
-    entry: Any,
+    copy: Copy,
     overrides: list[str],
     cluster: Mapping[str, Any],
     place: str,
 ) -> JobStage:
+    name, entry = copy.name, copy.entry
     with JobStage(name, "", Spec(), {}, place=place).blamed():
         if not isinstance(entry, Mapping) or not isinstance(entry.get("run"), str):
             raise UserError(f"it needs 'run:', one of {', '.join(KINDS)}.")
@@ -189,7 +189,10 @@ def _stage(
 
         def spec_with(search: Location | None) -> Spec:
             first = trial_overrides(str(search)) if search is not None else []
-            composed = _stage_config(kind, settings, first, spec_overrides)
+            shared = {key: value for key, value in settings.items() if key in copy.shared}
+            own = {key: value for key, value in settings.items() if key not in copy.shared}
+            given = [*_overrides(shared), *first, *_overrides(own)]
+            composed = _stage_config(kind, given, spec_overrides)
             composed["cluster"] = dict(cluster)
             return build_spec(kind.spec, composed, f"stage '{name}'")
 
@@ -204,14 +207,12 @@ def _stage(
         )
 
 
-def _stage_config(
-    kind: StageKind, settings: Mapping[str, Any], first: Sequence[str], overrides: Sequence[str]
-) -> Config:
-    """Compose the stage's own config: `first`, its entry in the file, the command line's keys."""
+def _stage_config(kind: StageKind, from_file: Sequence[str], overrides: Sequence[str]) -> Config:
+    """Compose the stage's own config: its entry in the file, then the command line's keys."""
     given = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
-    from_file = [o for o in _overrides(settings) if o.split("=", 1)[0] not in given]
+    kept = [o for o in from_file if o.split("=", 1)[0] not in given]
     references = [f"{key}=null" for key in kind.all_inputs]
-    return compose(kind.name, [*references, *first, *from_file, *overrides])
+    return compose(kind.name, [*references, *kept, *overrides])
 
 
 def _sources(key: str, value: Any, kind: StageKind) -> Source | list[Source]:

@@ -9,6 +9,7 @@ from jobs.job_copies import copies
 from jobs.job_file import expand_arguments, file_of_arguments, job_from_config
 from pipeline.chain.job_spec import StageReference
 from pipeline.errors import UserError
+from pipeline.storage import Location
 
 SYSTEMS = {"a": {"model.latents": "none"}, "b": None}
 STAGES = {
@@ -98,11 +99,12 @@ def study(tmp_path):
 
 @pytest.mark.parametrize("size", ["cpu", "gpu", "pretrained"])
 def test_study_of_each_size_is_a_whole_job(study, size):
-    stages = {stage.name: stage for stage in study(f"size={size}", "seeds=[0,1,2]").stages}
+    few = ("systems=[plain,optimus]", "aids=[none,free_bits]", "seeds=[0,1,2]")
+    stages = {stage.name: stage for stage in study(f"size={size}", *few).stages}
     aided = [name for name in stages if name.startswith("aided_figures")]
-    assert len([name for name in stages if name.startswith("figures")]) == 11 * 3
-    assert len(aided) == 2 * 6 * 3
-    assert len(stages["page"].inputs["runs"]) == len(stages["page"].spec.names) == 69
+    assert len([name for name in stages if name.startswith("figures")]) == 2 * 3
+    assert len(aided) == 2 * 2 * 3
+    assert len(stages["page"].inputs["runs"]) == len(stages["page"].spec.names) == 18
     assert stages["figures-optimus-2"].inputs["weights"] == StageReference("model-optimus-2")
     assert stages["model-optimus-2"].trial.search == StageReference("search-optimus")
     search = stages["aided_search-single-free_bits"].spec
@@ -129,8 +131,24 @@ def test_study_trains_all_systems_with_the_same_steps_data_and_tokenizer(study):
 
 
 def test_study_takes_a_key_of_one_stage_for_all_its_copies(study):
-    stages = [s for s in study("model.train.max_steps=3").stages if s.name.startswith("model-")]
+    few = ("systems=[plain,add]", "aided=[add]", "aids=[none]", "search=false")
+    stages = study(*few, "model.train.max_steps=3").stages
+    stages = [stage for stage in stages if stage.name.startswith("model-")]
     assert {s.spec.train.max_steps for s in stages} == {3}
+
+
+def test_study_takes_what_a_search_found_over_its_tables(study, tmp_path):
+    found = "train.learning_rate: 0.0042\ntrain.free_bits: 0.2\n"
+    (tmp_path / "best.yaml").write_text(found)
+    few = ("systems=[plain]", "aided=[della]", "aids=[free_bits]")
+    stages = {stage.name: stage for stage in study(*few).stages}
+    aided = stages["aided_model-della-free_bits-0"].trial.spec_with(Location.parse(tmp_path))
+    assert (aided.train.learning_rate, aided.train.free_bits) == (0.0042, 0.2)
+    assert (aided.train.free_bits_per, aided.train.max_steps) == ("dimension", 350)
+    given = study(*few, "aided_model.train.learning_rate=0.001").stage(
+        "aided_model-della-free_bits-0"
+    )
+    assert given.trial.spec_with(Location.parse(tmp_path)).train.learning_rate == 0.001
 
 
 @pytest.mark.parametrize(
