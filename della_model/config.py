@@ -13,7 +13,7 @@ from della_model.errors import ConfigError, unknown_name
 from della_model.fusion import FUSIONS, REPLACING_FUSIONS
 from della_model.pooling import POOLINGS
 
-LATENTS = ("layerwise", "single", "independent", "none")
+LATENTS = ("layerwise", "single", "independent", "constant", "none")
 ENCODERS = ("shared", "separate")
 
 
@@ -24,8 +24,9 @@ class DellaConfig(PreTrainedConfig):
         backbone: configuration of the decoder (also of the encoder, which has its shape), as an
             object or a dictionary with `model_type`. Default: GPT-2's published base size.
         latents: "layerwise", a latent in every layer that depends on those below (DELLA);
-            "independent", one in every layer that does not; "single", one for all layers; "none",
-            a plain language model.
+            "independent", one in every layer that does not; "single", one for all layers;
+            "constant", a learnt one in every layer, the same for all documents: a plain language
+            model with the decoder of a DELLA; "none", a plain language model.
         latent_size: p, the size of each latent.
         latent_layers: first and last decoder layer with a latent, counted from 0, both included;
             None for all.
@@ -111,8 +112,16 @@ class DellaConfig(PreTrainedConfig):
     @property
     def feature_layers(self) -> range:
         """The encoder layers that posteriors are inferred from, one for each latent."""
+        if self.latents == "constant":
+            return range(0)
         layers = self.latent_layer_indices
         return layers[-1:] if self.latents == "single" else layers
+
+    @property
+    def num_decoder_latents(self) -> int:
+        """What enters the decoder: a document's L latents, or as many constants."""
+        constants = len(self.latent_layer_indices) if self.latents == "constant" else 0
+        return constants or self.num_latent_layers
 
     def latent_of_layer(self, layer: int) -> int | None:
         """Which of a document's latents enters a decoder layer; None where none does."""

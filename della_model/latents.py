@@ -61,6 +61,27 @@ def _log_prob_per_layer(
     return torch.stack([g.log_prob(z) for g, z in zip(gaussians, values, strict=True)], dim=-1)
 
 
+class ConstantLatents(nn.Module):
+    """Latents that are learnt and the same for all documents, in place of a chain.
+
+    They tell nothing about a document: under them the decoder is a plain language model that has
+    all of a DELLA's parameters but those that infer.
+    """
+
+    def __init__(self, num_layers: int, latent_size: int) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.empty(num_layers, latent_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A draw from N(0, I): at 0 a product with them would have no gradient."""
+        init.normal_(self.values)
+
+    def forward(self, count: int) -> Float[Tensor, "count layers latent"]:
+        """The same for each of `count` documents."""
+        return self.values.expand(count, -1, -1)
+
+
 class LatentChain(nn.Module):
     """h_l = tanh(W_hh h_{l-1} + W_ih z_{l-1}), h_1 = 0; p from h_l, q from [h_l; x_l].
 

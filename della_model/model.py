@@ -27,7 +27,7 @@ from della_model.fusion import FUSIONS, Fusion, LatentMemory, Shift
 from della_model.gaussian import at_least_float32
 from della_model.head import VocabularyHead
 from della_model.hub import HubInterface
-from della_model.latents import LatentChain, LatentSample
+from della_model.latents import ConstantLatents, LatentChain, LatentSample
 from della_model.outputs import DellaOutput, ElboTerms
 from della_model.pooling import Pooling
 from della_model.routing import place_fusion, place_memory, route_latent
@@ -107,6 +107,9 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
             linked=config.latents == "layerwise",
             conditional=config.conditional,
         )
+        self.constant_latents = None
+        if config.latents == "constant":
+            self.constant_latents = ConstantLatents(config.num_decoder_latents, config.latent_size)
         self.post_init()
         self._begin_as_documents()
 
@@ -132,8 +135,8 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
                 heads = attention.num_heads, attention.head_size
                 place_memory(attention, LatentMemory(*heads, config.latent_size))
             route_latent(attention, slot)
-        shape = config.num_latent_layers, config.latent_size, config.backbone.hidden_size
-        has_latents = config.num_latent_layers > 0
+        shape = config.num_decoder_latents, config.latent_size, config.backbone.hidden_size
+        has_latents = config.num_decoder_latents > 0
         self.embedding_shift = Shift(*shape) if has_latents and entry.embeddings else None
         self.output_shift = Shift(*shape) if has_latents and entry.output else None
 
@@ -428,9 +431,9 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
         """The backbone's `lm_head`; again after its vocabulary was resized."""
         return VocabularyHead.adopt(self.backbone.get_output_embeddings())
 
-    def latent_parts(self) -> list[tuple[str, Fusion | LatentChain | Pooling]]:
+    def latent_parts(self) -> list[tuple[str, Fusion | LatentChain | ConstantLatents | Pooling]]:
         """What the backbone has not: the modules that exist for the latents, by name."""
-        kinds = Fusion | LatentChain | Pooling
+        kinds = Fusion | LatentChain | ConstantLatents | Pooling
         return [(name, part) for name, part in self.named_modules() if isinstance(part, kinds)]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -525,6 +528,8 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
     ) -> Any:
         """The trunk under latents; the one place where they enter, inside its layers or outside."""
         tokens: dict[str, Tensor] = {"input_ids": input_ids}
+        if self.constant_latents is not None:
+            latents = self.constant_latents(len(input_ids))
         if self.embedding_shift is not None:
             embeddings = self.backbone.get_input_embeddings()(input_ids)
             tokens = {"inputs_embeds": self.embedding_shift(embeddings, latents)}

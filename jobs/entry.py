@@ -84,6 +84,11 @@ def stage_reference(name: str) -> str:
     return f"stage:{name}"
 
 
+def labels_of(name: str) -> str:
+    """What `${labels:NAME}` in a job's file becomes: text that `jobs/job_copies.py` recognises."""
+    return f"labels:{name}"
+
+
 def register_specs() -> None:
     """Give hydra every key of the specs with its default, as `<group>/spec`.
 
@@ -107,6 +112,7 @@ def defaults_of(spec: type[Spec]) -> Config:
 
 
 OmegaConf.register_new_resolver("stage", stage_reference, replace=True)
+OmegaConf.register_new_resolver("labels", labels_of, replace=True)
 register_specs()
 
 
@@ -248,6 +254,9 @@ def _sentence(config_name: str, overrides: Sequence[str], error: Exception) -> s
         return f"'{group}' has no value, but it is needed; {group} is one of: " + (
             f"{', '.join(choices(group))}."
         )
+    absent = re.search(r"Interpolation key '([^']+)' not found", str(error))
+    if absent:
+        return f"'{absent[1]}' is referred to, but is not there: one of its parts is misspelt."
     unknown = re.search(r"Could not override '([^']+)'", str(error))
     if unknown:
         return _unknown_key(config_name, overrides, unknown[1])

@@ -22,6 +22,7 @@ from jobs.entry import (
     plain,
     trial_overrides,
 )
+from jobs.job_copies import Copy, copies
 from pipeline.chain.job_spec import JobSpec, JobStage, Source, StageReference, TrialSettings
 from pipeline.errors import UserError, nearest
 from pipeline.runner import KINDS, StageKind, kind_of
@@ -33,6 +34,7 @@ _TOP_LEVEL = (
     "job", "action", "from", "only", "force", "storage", "folder", "cluster", "code_in_identity",
     "render",
 )  # fmt: skip
+_NO_SETTINGS = ("name", "stages", "overrides")  # all else at the top of a job's file can be set
 _LISTS = ("only", "force")
 _TRIAL = "from_trial"
 
@@ -41,7 +43,8 @@ def expand_arguments(arguments: list[str]) -> list[str]:
     """Turn the command line into overrides that hydra composes.
 
     `STAGE.key=value` are gathered into one list, `job.overrides`, that `job_from_config` deals out;
-    `only=a,b` becomes a list; `job=FILE.yaml` is read from where it lies.
+    `only=a,b` becomes a list; `job=FILE.yaml` is read from where it lies. What else stands at the
+    top of a job's file is the job's own setting, as `corpus=coco` of job=study.
 
     Raises:
         UserError: if a key starts with neither a key of `conf/run.yaml` nor a stage's name.
@@ -50,7 +53,7 @@ def expand_arguments(arguments: list[str]) -> list[str]:
     file = _file_of(job) if job is not None else None
     if job is None or file is None:
         return arguments  # composing them says what is wrong
-    stages = list(_stages_in(file))
+    stages, settings = list(_stages_in(file)), _settings_in(file)
     for_hydra, for_stages = [], []
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -64,11 +67,13 @@ def expand_arguments(arguments: list[str]) -> list[str]:
             for_hydra.append(argument)
         elif head in stages and rest:
             for_stages.append(f"{head}.{rest}={value}")
+        elif head in settings:
+            for_hydra.append(f"job.{key}={value}")
         else:
-            known = [*_TOP_LEVEL, *(f"{stage}.KEY" for stage in stages)]
+            known = [*_TOP_LEVEL, *settings, *(f"{stage}.KEY" for stage in stages)]
+            near = nearest(head, [*_TOP_LEVEL, *settings, *stages])
             raise UserError(
-                f"unknown key '{key}'{nearest(head, [*_TOP_LEVEL, *stages])}; the keys of job "
-                f"{file.stem} are: {', '.join(known)}."
+                f"unknown key '{key}'{near}; the keys of job {file.stem} are: {', '.join(known)}."
             )
     if for_stages:
         for_hydra.append(f"+job.overrides={override_value(for_stages)}")
@@ -110,6 +115,11 @@ def _stages_in(file: Path) -> dict[str, int]:
     return {key.value: key.start_mark.line + 1 for key, _ in stages.value}
 
 
+def _settings_in(file: Path) -> list[str]:
+    """The keys at the top of a job's file that are its own settings."""
+    return [str(key) for key in OmegaConf.load(file) if key not in _NO_SETTINGS]
+
+
 def job_from_config(config: Config, file: Path | None = None) -> JobSpec:
     """Build the typed job from a composed `conf/run.yaml`.
 
@@ -126,10 +136,11 @@ def job_from_config(config: Config, file: Path | None = None) -> JobSpec:
     overrides = job.get("overrides") or []
     cluster = ClusterSpec.build(config["cluster"], "cluster")
     stages = {}
-    for name, entry in job["stages"].items():
-        own = [o.removeprefix(f"{name}.") for o in overrides if o.startswith(f"{name}.")]
-        place = f"{_shown(file)}:{lines[name]}" if file is not None and name in lines else ""
-        stages[name] = _stage(name, entry, own, config["cluster"], place)
+    for copy in copies(job["stages"]):
+        head, line = f"{copy.stage}.", lines.get(copy.stage)
+        own = [o.removeprefix(head) for o in overrides if o.startswith(head)]
+        place = f"{_shown(file)}:{line}" if file is not None and line else ""
+        stages[copy.name] = _stage(copy, own, config["cluster"], place)
     return JobSpec.build(job["name"], stages, cluster, bool(config["code_in_identity"]))
 
 
@@ -145,12 +156,12 @@ def _shown(file: Path) -> str:
 
 
 def _stage(
-    name: str,
-    entry: Any,
+    copy: Copy,
     overrides: list[str],
     cluster: Mapping[str, Any],
     place: str,
 ) -> JobStage:
+    name, entry = copy.name, copy.entry
     with JobStage(name, "", Spec(), {}, place=place).blamed():
         if not isinstance(entry, Mapping) or not isinstance(entry.get("run"), str):
             raise UserError(f"it needs 'run:', one of {', '.join(KINDS)}.")
@@ -178,7 +189,10 @@ def _stage(
 
         def spec_with(search: Location | None) -> Spec:
             first = trial_overrides(str(search)) if search is not None else []
-            composed = _stage_config(kind, settings, first, spec_overrides)
+            shared = {key: value for key, value in settings.items() if key in copy.shared}
+            own = {key: value for key, value in settings.items() if key not in copy.shared}
+            given = [*_overrides(shared), *first, *_overrides(own)]
+            composed = _stage_config(kind, given, spec_overrides)
             composed["cluster"] = dict(cluster)
             return build_spec(kind.spec, composed, f"stage '{name}'")
 
@@ -193,14 +207,12 @@ def _stage(
         )
 
 
-def _stage_config(
-    kind: StageKind, settings: Mapping[str, Any], first: Sequence[str], overrides: Sequence[str]
-) -> Config:
-    """Compose the stage's own config: `first`, its entry in the file, the command line's keys."""
+def _stage_config(kind: StageKind, from_file: Sequence[str], overrides: Sequence[str]) -> Config:
+    """Compose the stage's own config: its entry in the file, then the command line's keys."""
     given = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
-    from_file = [o for o in _overrides(settings) if o.split("=", 1)[0] not in given]
+    kept = [o for o in from_file if o.split("=", 1)[0] not in given]
     references = [f"{key}=null" for key in kind.all_inputs]
-    return compose(kind.name, [*references, *first, *from_file, *overrides])
+    return compose(kind.name, [*references, *kept, *overrides])
 
 
 def _sources(key: str, value: Any, kind: StageKind) -> Source | list[Source]:

@@ -30,7 +30,7 @@ def build_comparison(
     """
     _check(evaluations, paper)
     letters = list(string.ascii_uppercase[: len(evaluations)])
-    trainings = [_training(evaluation) for evaluation in evaluations]
+    trainings = [training_of(evaluation) for evaluation in evaluations]
     specs = [flatten(training.spec) if training else {} for training in trainings]
     tables = [DocumentTable.of(evaluation) for evaluation in evaluations]
     by_letter = dict(zip(letters, evaluations, strict=True))
@@ -68,7 +68,7 @@ def _check(evaluations: Sequence[Artifact], paper: Corpus | None) -> None:
             )
 
 
-def _training(evaluation: Artifact) -> Artifact | None:
+def training_of(evaluation: Artifact) -> Artifact | None:
     """The training whose weights were evaluated, where it can still be reached."""
     folder = evaluation.input_folders.get("weights")
     found = Artifact.find(Location.parse(folder)) if folder else None

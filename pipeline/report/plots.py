@@ -189,6 +189,17 @@ def drawn_panel(name: str, draw: Callable[[Any], None]) -> str:
         return _svg(figure, name)
 
 
+def standalone(svg: str) -> str:
+    """A panel as a file of its own, with the colours of a light page."""
+    root = svg.index(">") + 1
+    head = svg[:root].replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    style = (
+        "<style>svg{--muted:#5c6370;--grid:#d9dce1;--train:#8a8f98;--valid:#3b7dd8;"
+        "color:#16181d;background:#fff;font-family:sans-serif}</style>"
+    )
+    return head + style + svg[root:] + "\n"
+
+
 def layer_color(layer: int, num_layers: int) -> str:
     """The colour of a layer, between the ends of the ramp."""
     place = (layer / max(num_layers - 1, 1)) * (len(_LAYER_RAMP) - 1)

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from pipeline.evaluation.figures import shown
 from pipeline.evaluation.table import TEXT_LABELS
 from pipeline.progress import duration
+from pipeline.report.front import front_panel
 from pipeline.report.plots import (
     MARKED_POINTS,
     VALID,
@@ -55,13 +56,14 @@ _SECTIONS = {
     "config": "Config",
     "versions": "Versions",
 }
+_TABLE_COLUMNS = 7
 _OPTIONAL = ("answers", "interpolations")  # sections that are left out when empty
 _ACTIVE_COLORS = {"0.01": VALID, "0.2": layer_color(2, 4)}
 
 
 def as_html(page: dict[str, Any]) -> str:
     """The page as one HTML file that refers to nothing outside of it."""
-    panels = _comparison_panels if page["kind"] == "comparison" else _run_panels
+    panels = _PANELS_OF[page["kind"]]
     form = template(f"{page['kind']}.html.jinja", autoescape=True)
     return form.render(page=page, **panels(page), **_tables(page))
 
@@ -92,6 +94,13 @@ def _tables(page: dict[str, Any]) -> dict[str, Any]:
     return {"text_labels": TEXT_LABELS, "generation_columns": columns}
 
 
+def _columns(columns: list[Any]) -> list[list[Any]]:
+    """A wide table's columns, as many to each of several as a page of text has room for."""
+    return [
+        columns[start : start + _TABLE_COLUMNS] for start in range(0, len(columns), _TABLE_COLUMNS)
+    ]
+
+
 def template(name: str, autoescape: bool) -> jinja2.Template:
     """A template of this folder, with the filters that pages share."""
     environment = jinja2.Environment(
@@ -107,6 +116,7 @@ def template(name: str, autoescape: bool) -> jinja2.Template:
         "md": escaped_markdown,
         "duration": duration,
         "moment": moment,
+        "slice_columns": _columns,
     }
     environment.globals["shown"] = shown
     return environment.get_template(name)
@@ -240,3 +250,10 @@ def _comparison_panels(page: dict[str, Any]) -> dict[str, Any]:
         title = "Gap between −ELBO and IW-NLL"
         latents.append(_panel(title, samples_panel(title, series, _NATS)))
     return {"training_panels": training, "latent_panels": latents, "colors": colors}
+
+
+def _study_panels(page: dict[str, Any]) -> dict[str, Any]:
+    return {"study_panels": [_panel("IW-NLL against MI", front_panel(page["systems"]))]}
+
+
+_PANELS_OF = {"run": _run_panels, "comparison": _comparison_panels, "study": _study_panels}

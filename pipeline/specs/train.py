@@ -21,7 +21,7 @@ class ModelSpec(Spec):
     trust_remote_code: Annotated[bool, NotIdentity] = False
     context: int = Field(512, gt=2)  # longest document in tokens; from scratch only
     dropout: float = Field(0.1, ge=0, lt=1)
-    latents: Literal["layerwise", "single", "independent", "none"] = "layerwise"
+    latents: Literal["layerwise", "single", "independent", "constant", "none"] = "layerwise"
     latent_size: int = Field(32, gt=0)
     latent_layers: tuple[int, int] | None = None  # first and last, both included; None: all
     encoder: Literal["shared", "separate"] = "shared"  # the encoder's weights

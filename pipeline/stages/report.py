@@ -9,30 +9,37 @@ from rich.console import Console
 from pipeline.artifact import Artifact, listed
 from pipeline.errors import UserError
 from pipeline.report.comparison import build_comparison
+from pipeline.report.front import front_panel
 from pipeline.report.page import build_page
+from pipeline.report.plots import standalone
 from pipeline.report.render import as_html, as_markdown
+from pipeline.report.study import build_study
 from pipeline.specs import ReportSpec
 from pipeline.storage import Location
 
-HTML, MARKDOWN, JSON = "report.html", "report.md", "report.json"
+HTML, MARKDOWN, JSON, FRONT = "report.html", "report.md", "report.json", "front.svg"
 
 
 def run_report(spec: ReportSpec, inputs: dict[str, Location], output: Location) -> dict[str, Any]:
     """Write the page of `inputs["training"]` and its `figures`, or of the evaluations `runs`.
 
     Writes `report.html` (self-contained, no network), and the same content as `report.md` and
-    `report.json`.
+    `report.json`; of a study also `front.svg`, its picture.
 
     Returns:
         The headline figures of the page, by name, and whether the latents are collapsed; of a
-        comparison, a list of them.
+        comparison, a list of them; of a study, each by system.
 
     Raises:
         UserError: if an input is no artifact of its stage, or they do not belong together.
     """
     runs = [Artifact.load(folder) for folder in listed(inputs, "runs")]
     _check_inputs(spec, inputs, runs)
-    if runs:
+    if spec.names is not None:
+        page = build_study(spec.title, spec.names, runs)
+        (output / FRONT).write_bytes(standalone(front_panel(page["systems"])).encode())
+        figures = _study_figures(page)
+    elif runs:
         page = build_comparison(spec.title, runs, spec.paper)
         figures = _comparison_figures(page)
     else:
@@ -57,6 +64,11 @@ def _check_inputs(spec: ReportSpec, inputs: dict[str, Location], runs: list[Arti
             "report: runs= compares several runs and training= shows one, but both were given: "
             "give one of them."
         )
+    if spec.names is not None and (spec.paper is not None or not runs):
+        raise UserError(
+            "report: names= makes a study's page of several runs, without the literature beside "
+            "them: give runs=[FOLDER,FOLDER], and leave paper= out."
+        )
     if not runs and spec.paper is not None:
         raise UserError(
             f"report: paper={spec.paper} sets evaluations beside the literature, but runs= names "
@@ -64,6 +76,15 @@ def _check_inputs(spec: ReportSpec, inputs: dict[str, Location], runs: list[Arti
         )
     if not runs and "training" not in inputs:
         raise UserError("report: 'training' has no value, but it is needed; set training=...")
+
+
+def _study_figures(page: dict[str, Any]) -> dict[str, Any]:
+    systems = page["systems"]
+    headline = {
+        column["name"]: {row["name"]: row["cells"][column["name"]]["value"] for row in systems}
+        for column in page["columns"]
+    }
+    return {"headline": headline, "collapsed": {row["name"]: row["collapsed"] for row in systems}}
 
 
 def _comparison_figures(page: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import shutil
 import tempfile
 import time
@@ -433,6 +434,7 @@ class Reporter:
             "num_trained_parameters": self._run.parameters.trained,
             "num_workers": self._run.share.num_workers,
             "num_nodes": self._num_nodes,
+            "peak_memory_bytes": peak_memory_bytes(),
             "best": state.best,
             "last": state.last_valid,
         }
@@ -445,6 +447,13 @@ def rank_scratch(output: Location, rank: int, attempt: str) -> Path:
     for left in folder.glob(f"{mine}-*"):
         shutil.rmtree(left, ignore_errors=True)
     return folder / f"{mine}-{attempt}"
+
+
+def peak_memory_bytes() -> int:
+    """The most that this worker has held: of its GPU's memory, else of main memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 def count_nodes() -> int:

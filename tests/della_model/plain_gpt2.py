@@ -129,6 +129,7 @@ def plain_elbo(
         "layerwise": list(range(first, last + 1)),
         "independent": list(range(first, last + 1)),
         "single": [last],
+        "constant": [],
         "none": [],
     }[config.latents]
 
@@ -158,6 +159,8 @@ def plain_elbo(
         q, p = gaussian(raw_q), gaussian(raw_p)
         z.append(q.mean + q.stddev * noise[i])
         kl.append(kl_divergence(q, p))
+    if config.latents == "constant":
+        z = list(weights["constant_latents.values"])
     latents = Latents(all=torch.cat(z) if z else None)
     for layer in range(first, last + 1):
         if z:

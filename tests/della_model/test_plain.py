@@ -10,6 +10,8 @@ SOURCES = [[1, 3, 14, 2], [1, 15, 9, 26, 5, 2], [1, 35, 2]]
 VARIANTS = [
     {},
     {"latents": "none"},
+    {"latents": "constant"},
+    {"latents": "constant", "fusion": "softmax", "latent_layers": [1, 2]},
     {"latents": "single"},
     {"latents": "independent"},
     {"fusion": "memory"},

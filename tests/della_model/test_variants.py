@@ -20,6 +20,7 @@ VARIANTS = [
     {"fusion": "paper", "fusion_residual": False},
     {"latents": "independent"},
     {"latents": "none"},
+    {"latents": "constant"},
     {"encoder": "separate"},
     {"latents": "single", "fusion": "embed+memory", "latent_layers": [0, 1]},
 ]
