@@ -30,7 +30,13 @@ from della_model.hub import HubInterface
 from della_model.latents import ConstantLatents, LatentChain, LatentSample
 from della_model.outputs import DellaOutput, ElboTerms
 from della_model.pooling import Pooling
-from della_model.routing import place_fusion, place_memory, route_latent
+from della_model.routing import (
+    FusedProjection,
+    folded_fusions,
+    place_fusion,
+    place_memory,
+    route_latent,
+)
 from della_model.shapes import Bool, Float, Int
 from della_model.texts import TextInterface
 
@@ -365,7 +371,8 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
         elif reading is not None:
             inputs, mask = padded_left(beside(reading.condition, Condition(inputs, mask)))
         self._check_room(mask, kwargs.get("max_new_tokens"))
-        found = super().generate(inputs, latents=latents, attention_mask=mask, **kwargs)
+        with folded_fusions(self._fusions_of_layers(), self._or_constant(latents)):
+            found = super().generate(inputs, latents=latents, attention_mask=mask, **kwargs)
         if inputs is prompts:
             return found
         ids = found if isinstance(found, Tensor) else found.sequences
@@ -435,6 +442,12 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
         """What the backbone has not: the modules that exist for the latents, by name."""
         kinds = Fusion | LatentChain | ConstantLatents | Pooling
         return [(name, part) for name, part in self.named_modules() if isinstance(part, kinds)]
+
+    def _fusions_of_layers(self) -> list[tuple[Fusion, int]]:
+        """The fusions of values, each with the slot of its latent."""
+        slots = map(self.config.latent_of_layer, range(self.config.num_layers))
+        placed = [m.fusion for m in self.trunk.modules() if isinstance(m, FusedProjection)]
+        return list(zip(placed, [s for s in slots if s is not None], strict=False))
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's."""
@@ -528,8 +541,7 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
     ) -> Any:
         """The trunk under latents; the one place where they enter, inside its layers or outside."""
         tokens: dict[str, Tensor] = {"input_ids": input_ids}
-        if self.constant_latents is not None:
-            latents = self.constant_latents(len(input_ids))
+        latents = self._or_constant(latents)
         if self.embedding_shift is not None:
             embeddings = self.backbone.get_input_embeddings()(input_ids)
             tokens = {"inputs_embeds": self.embedding_shift(embeddings, latents)}
@@ -537,6 +549,12 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
         if self.output_shift is not None:
             decoded.last_hidden_state = self.output_shift(decoded.last_hidden_state, latents)
         return decoded
+
+    def _or_constant(
+        self, latents: Float[Tensor, "batch layers latent"]
+    ) -> Float[Tensor, "batch layers latent"]:
+        """What enters the decoder for these latents: they, or the constants in their place."""
+        return latents if self.constant_latents is None else self.constant_latents(len(latents))
 
     def _nll_of_hidden(
         self,

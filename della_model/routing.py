@@ -9,6 +9,8 @@ block that is run again, as activation checkpointing does, sees the latents of i
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from della_model.errors import ConfigError
-from della_model.fusion import LatentMemory, ValueFusion
+from della_model.fusion import Fusion, LatentMemory, LowRankTensorFusion, ValueFusion
 from della_model.fusion.memory import ATTENTION_WITH_MEMORY
 from della_model.shapes import Float
 
@@ -95,6 +97,33 @@ def place_memory(attention: SelfAttention, memory: LatentMemory) -> None:
     module.latent_memory = memory
     module.config = copy.copy(module.config)
     module.config._attn_implementation = ATTENTION_WITH_MEMORY
+
+
+@contextmanager
+def folded_fusions(
+    fusions: Sequence[tuple[Fusion, int]], latents: Float[Tensor, "documents layers latent"]
+) -> Iterator[None]:
+    """While the body runs, fusions that can are one matrix a document, made once.
+
+    For generation, whose every step would else read the matrices of all ranks. It pays where there
+    are fewer documents than ranks; with more, nothing is folded.
+
+    Args:
+        fusions: those of the layers, each with the slot of its latent.
+        latents: of the documents, the same throughout the body.
+    """
+    able = [
+        (fusion, slot)
+        for fusion, slot in fusions
+        if isinstance(fusion, LowRankTensorFusion) and len(latents) < fusion.rank
+    ]
+    try:
+        for fusion, slot in able:
+            fusion.folded = fusion.fold(latents[:, slot])
+        yield
+    finally:
+        for fusion, _ in able:
+            fusion.folded = None
 
 
 def route_latent(attention: SelfAttention, slot: int | None) -> None:

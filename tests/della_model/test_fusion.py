@@ -31,6 +31,19 @@ def test_low_rank_fusion_equals_a_plain_loop_over_ranks(residual):
             torch.testing.assert_close(fused[b, t], expected)
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_low_rank_fusion_folded_gives_the_same_values_for_all_rows_of_a_document(residual):
+    fusion = LowRankTensorFusion(VALUE, LATENT, RANK, residual).double()
+    for parameter in fusion.parameters():
+        torch.nn.init.normal_(parameter)
+    v = torch.randn(3 * BATCH, TIME, VALUE, dtype=torch.float64)  # three rows a document
+    z = torch.randn(BATCH, LATENT, dtype=torch.float64)
+    repeated = z.repeat_interleave(3, dim=0)
+    expected = fusion(v, repeated)
+    fusion.folded = fusion.fold(z)
+    torch.testing.assert_close(fusion(v, repeated), expected)
+
+
 def test_low_rank_fusion_residual_starts_as_the_identity():
     fusion = LowRankTensorFusion(VALUE, LATENT, RANK, residual=True)
     v = torch.randn(BATCH, TIME, VALUE)

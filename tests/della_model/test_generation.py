@@ -1,7 +1,10 @@
+import copy
+
 import pytest
 import torch
 
 from della_model import InputError
+from tests.della_model.backbone_data import FAMILIES
 
 GREEDY = {"max_new_tokens": 13, "do_sample": False}
 
@@ -47,6 +50,20 @@ def test_generation_batched_equals_one_at_a_time(make_model, beams):
     for row in range(5):
         alone = model.generate(latents=latents[row : row + 1], num_beams=beams, **GREEDY)
         assert torch.equal(together[row, : alone.shape[1]], alone[0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])  # the rank is 3: fewer documents are folded
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bart"])
+def test_generation_of_few_documents_gives_what_many_give(make_model, family, count):
+    model = make_model(copy.deepcopy(FAMILIES[family]), latent_layers=[1, 2]).double()
+    latents = model.sample_prior(5)
+    options = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
+    many = model.generate(latents=latents, **options)
+    few = model.generate(latents=latents[:count], **options)
+    for one, other in zip(few, many, strict=False):
+        width = min(len(one), len(other))
+        assert torch.equal(one[:width], other[:width])
+    assert all(fusion.folded is None for fusion, _ in model._fusions_of_layers())
 
 
 def test_generation_greedy_equals_a_plain_loop(make_model):
