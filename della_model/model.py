@@ -371,7 +371,7 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
         elif reading is not None:
             inputs, mask = padded_left(beside(reading.condition, Condition(inputs, mask)))
         self._check_room(mask, kwargs.get("max_new_tokens"))
-        with folded_fusions(self._fusions_of_layers(), self._or_constant(latents)):
+        with folded_fusions(self._fusions_of_layers(), self._or_constant(latents, len(latents))):
             found = super().generate(inputs, latents=latents, attention_mask=mask, **kwargs)
         if inputs is prompts:
             return found
@@ -541,7 +541,7 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
     ) -> Any:
         """The trunk under latents; the one place where they enter, inside its layers or outside."""
         tokens: dict[str, Tensor] = {"input_ids": input_ids}
-        latents = self._or_constant(latents)
+        latents = self._or_constant(latents, len(input_ids))
         if self.embedding_shift is not None:
             embeddings = self.backbone.get_input_embeddings()(input_ids)
             tokens = {"inputs_embeds": self.embedding_shift(embeddings, latents)}
@@ -551,10 +551,10 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
         return decoded
 
     def _or_constant(
-        self, latents: Float[Tensor, "batch layers latent"]
+        self, latents: Float[Tensor, "batch layers latent"], num_documents: int
     ) -> Float[Tensor, "batch layers latent"]:
-        """What enters the decoder for these latents: they, or the constants in their place."""
-        return latents if self.constant_latents is None else self.constant_latents(len(latents))
+        """What enters the decoder: these latents, or the constants in their place."""
+        return latents if self.constant_latents is None else self.constant_latents(num_documents)
 
     def _nll_of_hidden(
         self,
