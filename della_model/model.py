@@ -552,7 +552,7 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
 
     def _or_constant(
         self, latents: Float[Tensor, "batch layers latent"], num_documents: int
-    ) -> Float[Tensor, "batch layers latent"]:
+    ) -> Float[Tensor, "batch entering latent"]:
         """What enters the decoder: these latents, or the constants in their place."""
         return latents if self.constant_latents is None else self.constant_latents(num_documents)
 
