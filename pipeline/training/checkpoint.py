@@ -26,7 +26,7 @@ from pipeline.specs import TrainSpec
 from pipeline.storage import Location
 from pipeline.training.description import describe_model
 from pipeline.training.finding import STATE
-from pipeline.training.safe_reading import no_code_from_files
+from pipeline.training.safe_reading import no_code_from_files, write_enums_by_value
 from pipeline.training.store import (
     FORMAT,
     MANIFEST,
@@ -143,6 +143,7 @@ def write_checkpoint(
     A collective call: every rank must make it.
     """
     stage = spec.deepspeed.zero_stage
+    write_enums_by_value()
     engine.save_checkpoint(str(scratch), tag=TAG, save_latest=False)
     _write_json(scratch / METERS / f"{rank:05d}.json", asdict(meter))
     if rank == 0:

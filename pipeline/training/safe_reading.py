@@ -6,6 +6,7 @@ plain values and the few record classes of DeepSpeed's own pass; anything else e
 
 from __future__ import annotations
 
+import copyreg
 import os
 import pickle
 from collections.abc import Iterator
@@ -54,6 +55,21 @@ def read_tensors(file: Path) -> dict[str, Any]:
     return content
 
 
+def write_enums_by_value() -> None:
+    """Have what this process pickles name DeepSpeed's stages of ZeRO by their value.
+
+    Python 3.11.2 names `getattr` for a member of an enum (3.11.7 does not), which no reader can
+    allow: with it a file reaches any attribute of what it may name.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    copyreg.pickle(ZeroStageEnum, _by_value)
+
+
+def _by_value(stage: Any) -> tuple[Any, ...]:
+    return type(stage), (stage.value,)
+
+
 @contextmanager
 def no_code_from_files(where: Path) -> Iterator[None]:
     """Have every `torch.load` of the body read tensors and plain records alone.
@@ -71,6 +87,7 @@ def no_code_from_files(where: Path) -> Iterator[None]:
     for name in _RECORDS:
         module, _, attribute = name.rpartition(".")
         classes.append(getattr(import_module(module), attribute))
+    write_enums_by_value()  # a conversion writes what it read
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
