@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from pipeline.training.store import (
 )
 from tests.pipeline.gloo_processes import start_processes
 from tests.pipeline.train_data import small_dataset, train_spec
-from tests.pipeline.train_runs import stored
+from tests.pipeline.train_runs import await_, stored
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +105,21 @@ def _one_leg(
 
 
 def run_legs(
-    specs: dict[str, TrainSpec], dataset: Dataset, folder: Path, legs: list[tuple[int, int]]
+    specs: dict[str, TrainSpec],
+    dataset: Dataset,
+    folder: Path,
+    legs: list[tuple[int, int]],
+    output: Location | None = None,
 ) -> list[dict[str, dict[str, Any]]]:
-    """Each leg is a number of workers, and the step that they train to; all runs in each."""
+    """Each leg is a number of workers, and the step that they train to; all runs in each.
+
+    Checkpoints go to `output`, by default to the folder, where the legs' results lie.
+    """
     folder.mkdir(exist_ok=True)
+    output = output or Location.parse(folder)
     found = []
     for number, (num_workers, until) in enumerate(legs):
         result = folder / f"{number}.pt"
-        output = Location.parse(folder)
         start_processes(leg, num_workers, specs, dataset.folder, output, until, result)
         found.append(torch.load(result))
     return found
@@ -170,6 +180,61 @@ def test_same_workers_stopped_and_started_end_bit_for_bit_as_the_straight_run(
         assert [x for found in legs for x in found[name]["losses"]] == straight[name]["losses"]
         for key, value in straight[name]["weights"].items():
             assert torch.equal(legs[-1][name]["weights"][key], value), (name, key)
+
+
+CONVERT = """
+import sys
+from pipeline.storage import Location
+from pipeline.training.store import MANIFEST, Manifest
+from pipeline.training.universal import convert_once
+
+checkpoint = Location.parse(sys.argv[1])
+convert_once(checkpoint, Manifest.load(checkpoint / MANIFEST), "deepspeed", print)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize("point", ["lease", "universal"])
+def test_conversion_killed_is_made_again_to_the_same_weights(
+    dataset: Dataset, tmp_path: Path, point: str
+) -> None:
+    """Killed once the lease is held, and once the first of the result is in the storage."""
+    spec = {"run": elastic_spec(3)}
+    run_legs(spec, dataset, tmp_path / "killed", [(2, 2)])
+    shutil.copytree(tmp_path / "killed", tmp_path / "whole")
+    checkpoint = tmp_path / "killed" / "run" / checkpoint_name(2)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CONVERT, str(checkpoint)], cwd=Path(__file__).parents[2]
+    )
+    await_((checkpoint / point).exists, process, every_s=0.001)
+    process.kill()
+    process.wait()
+    assert not (checkpoint / "universal.json").exists(), "killed too late"
+    (found,) = run_legs(spec, dataset, tmp_path / "killed", [(1, 4)])
+    (expected,) = run_legs(spec, dataset, tmp_path / "whole", [(1, 4)])
+    assert found["run"]["start"] == 2
+    assert found["run"]["losses"] == expected["run"]["losses"]
+    for name, value in expected["run"]["weights"].items():
+        assert torch.equal(found["run"]["weights"][name], value), name
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_conversion_on_object_storage_follows_the_local_one(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    from tests.jobs.s3_server import s3_server
+
+    spec, legs = {"run": elastic_spec(2)}, [(2, 2), (1, 4), (2, 5)]
+    local = run_legs(spec, dataset, tmp_path / "local", legs)
+    with s3_server():
+        bucket = Location.parse("s3://bucket/runs")
+        remote = run_legs(spec, dataset, tmp_path / "remote", legs, bucket)
+        assert (bucket / "run" / checkpoint_name(4) / "universal.json").is_file()
+    for ours, theirs in zip(remote, local, strict=True):
+        assert ours["run"]["start"] == theirs["run"]["start"]
+        assert ours["run"]["losses"] == theirs["run"]["losses"]
 
 
 @pytest.fixture(scope="module")

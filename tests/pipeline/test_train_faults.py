@@ -147,6 +147,66 @@ def test_worker_preempted_by_sigterm_loses_no_step_and_is_no_failure(
     assert "workers were preempted (1 of 1, train.max_preemptions)" in printed
 
 
+def test_driver_killed_while_a_checkpoint_is_written_equals_the_straight_run(
+    straight: Location, dataset: Dataset, tmp_path: Path
+) -> None:
+    output, spec = Location.parse(tmp_path / "run"), resumable()
+    store = checkpoints(output)
+
+    def is_torn() -> bool:
+        return len(store.steps()) > len(store.whole_steps())
+
+    for _ in range(6):  # a kill may come as the last file does
+        with driver(spec, dataset, output) as process:
+            await_(is_torn, process, every_s=0.002)
+        if is_torn():
+            break
+    assert is_torn(), "no kill came in the middle"
+    run(spec, dataset, output)
+    assert_same_run(output, straight)
+
+
+def test_drained_node_is_a_preemption_that_loses_no_step(
+    straight: Location, dataset: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    output = Location.parse(tmp_path / "run")
+    spec = resumable(train__max_failures=0, train__max_preemptions=1, train__grace_s=60)
+    node = {"num_cpus": 1, "object_store_memory": 100_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    for _ in range(2):  # one for the second worker, one in reserve
+        cluster.add_node(**node)
+
+    def drain_one() -> None:
+        await_(lambda: has_step(output, 10))
+        free = ray._private.state.available_resources_per_node()
+        busy = [
+            n.node_id
+            for n in cluster.worker_nodes
+            if free.get(n.node_id, {}).get("CPU", 0) < 1  # one of the workers is there
+        ]
+        subprocess.run(
+            [
+                str(Path(sys.executable).with_name("ray")), "drain-node",
+                f"--address={cluster.address}", f"--node-id={busy[0]}",
+                "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=a spot node is taken",
+                "--deadline-remaining-seconds=120",
+            ],
+            check=True,
+        )  # fmt: skip
+
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        run_disturbed(spec, dataset, output, drain_one)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert_same_run(output, straight)
+    assert "workers were preempted (1 of 1, train.max_preemptions)" in capfd.readouterr().out
+
+
 def test_worker_that_hangs_is_found_and_restarted(
     straight: Location, dataset: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

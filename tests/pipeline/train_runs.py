@@ -55,13 +55,18 @@ def has_step(output: Location, step: int) -> bool:
     return any(row["step"] >= step for row in read_rows(output))
 
 
-def await_(condition: Callable[[], bool], process: subprocess.Popen | None = None) -> None:
+def await_(
+    condition: Callable[[], bool],
+    process: subprocess.Popen | None = None,
+    every_s: float = 0.05,
+) -> None:
     """Wait until a condition holds, while the process that is to bring it about lives."""
-    for _ in range(6000):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
         if condition():
             return
-        assert process is None or process.poll() is None, "the driver ended before it was killed"
-        time.sleep(0.05)
+        assert process is None or process.poll() is None, "the process ended before it was killed"
+        time.sleep(every_s)
     raise AssertionError("waited too long")
 
 
