@@ -12,7 +12,7 @@ from della_model.gaussian import at_least_float32
 from della_model.shapes import Float, Int
 
 # Logits alive at a time, in elements: 128 MiB in float32, 667 positions of GPT-2's vocabulary.
-_MAX_LOGITS = 2**25
+MAX_LOGITS = 2**25
 
 
 class _TokenNll(torch.autograd.Function):
@@ -34,7 +34,7 @@ class _TokenNll(torch.autograd.Function):
         targets: Tensor,
         compute_dtype: torch.dtype,
     ) -> Tensor:
-        rows = max(1, _MAX_LOGITS // weight.shape[0])
+        rows = max(1, MAX_LOGITS // weight.shape[0])
         matrix = weight.to(compute_dtype)
         offset = None if bias is None else bias.to(compute_dtype)
         nll, log_norm = [], []

@@ -30,13 +30,7 @@ from della_model.hub import HubInterface
 from della_model.latents import ConstantLatents, LatentChain, LatentSample
 from della_model.outputs import DellaOutput, ElboTerms
 from della_model.pooling import Pooling
-from della_model.routing import (
-    FusedProjection,
-    folded_fusions,
-    place_fusion,
-    place_memory,
-    route_latent,
-)
+from della_model.routing import folded_fusions, place_fusion, place_memory, route_latent
 from della_model.shapes import Bool, Float, Int
 from della_model.texts import TextInterface
 
@@ -136,7 +130,7 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
                     config.fusion_rank,
                     config.fusion_residual,
                 )
-                place_fusion(attention, fusion)
+                place_fusion(attention, fusion, slot)
             if slot is not None and entry.memory:
                 heads = attention.num_heads, attention.head_size
                 place_memory(attention, LatentMemory(*heads, config.latent_size))
@@ -371,7 +365,7 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
         elif reading is not None:
             inputs, mask = padded_left(beside(reading.condition, Condition(inputs, mask)))
         self._check_room(mask, kwargs.get("max_new_tokens"))
-        with folded_fusions(self._fusions_of_layers(), self._or_constant(latents, len(latents))):
+        with folded_fusions(self.trunk, self._or_constant(latents, len(latents))):
             found = super().generate(inputs, latents=latents, attention_mask=mask, **kwargs)
         if inputs is prompts:
             return found
@@ -442,12 +436,6 @@ class Della(TextInterface, HubInterface, PreTrainedModel, GenerationMixin):
         """What the backbone has not: the modules that exist for the latents, by name."""
         kinds = Fusion | LatentChain | ConstantLatents | Pooling
         return [(name, part) for name, part in self.named_modules() if isinstance(part, kinds)]
-
-    def _fusions_of_layers(self) -> list[tuple[Fusion, int]]:
-        """The fusions of values, each with the slot of its latent."""
-        slots = map(self.config.latent_of_layer, range(self.config.num_layers))
-        placed = [m.fusion for m in self.trunk.modules() if isinstance(m, FusedProjection)]
-        return list(zip(placed, [s for s in slots if s is not None], strict=False))
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's."""

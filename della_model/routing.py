@@ -9,7 +9,7 @@ block that is run again, as activation checkpointing does, sees the latents of i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from della_model.errors import ConfigError
-from della_model.fusion import Fusion, LatentMemory, LowRankTensorFusion, ValueFusion
+from della_model.fusion import LatentMemory, LowRankTensorFusion, ValueFusion
 from della_model.fusion.memory import ATTENTION_WITH_MEMORY
 from della_model.shapes import Float
 
@@ -52,10 +52,11 @@ class FusedProjection(nn.Module):
     fused and no step of generation does the work again.
     """
 
-    def __init__(self, projection: nn.Module, fusion: ValueFusion) -> None:
+    def __init__(self, projection: nn.Module, fusion: ValueFusion, slot: int) -> None:
         super().__init__()
         self.projection = projection
         self.fusion = fusion
+        self.slot = slot
         self.latent: Tensor | None = None
 
     def forward(
@@ -72,10 +73,10 @@ class FusedProjection(nn.Module):
         return torch.cat([kept, self.fusion(values, self.latent)], dim=-1)
 
 
-def place_fusion(attention: SelfAttention, fusion: ValueFusion) -> None:
-    """Wraps the projection of the values."""
+def place_fusion(attention: SelfAttention, fusion: ValueFusion, slot: int) -> None:
+    """Wraps the projection of the values, for the latent `slot`."""
     name = attention.value_projection
-    setattr(attention.module, name, FusedProjection(getattr(attention.module, name), fusion))
+    setattr(attention.module, name, FusedProjection(getattr(attention.module, name), fusion, slot))
 
 
 def place_memory(attention: SelfAttention, memory: LatentMemory) -> None:
@@ -101,7 +102,7 @@ def place_memory(attention: SelfAttention, memory: LatentMemory) -> None:
 
 @contextmanager
 def folded_fusions(
-    fusions: Sequence[tuple[Fusion, int]], latents: Float[Tensor, "documents layers latent"]
+    trunk: nn.Module, latents: Float[Tensor, "documents layers latent"]
 ) -> Iterator[None]:
     """While the body runs, fusions that can are one matrix a document, made once.
 
@@ -109,13 +110,15 @@ def folded_fusions(
     are fewer documents than ranks; with more, nothing is folded.
 
     Args:
-        fusions: those of the layers, each with the slot of its latent.
+        trunk: the decoder with its fusions in place.
         latents: of the documents, the same throughout the body.
     """
     able = [
-        (fusion, slot)
-        for fusion, slot in fusions
-        if isinstance(fusion, LowRankTensorFusion) and len(latents) < fusion.rank
+        (part.fusion, part.slot)
+        for part in trunk.modules()
+        if isinstance(part, FusedProjection)
+        and isinstance(part.fusion, LowRankTensorFusion)
+        and len(latents) < part.fusion.rank
     ]
     try:
         for fusion, slot in able:

@@ -21,6 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pipeline.artifact import digest
+from pipeline.environment import environment_variable
 from pipeline.errors import UserError, first_line
 from pipeline.shards import Documents
 from pipeline.specs import TokenizerSpec
@@ -323,16 +324,8 @@ def train_bpe(texts: Iterable[Sequence[str]], vocab_size: int) -> Any:
 @contextmanager
 def rust_threads(on: bool) -> Iterator[None]:
     """Let the tokenizers library use all cores, or one, while the body runs."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "true" if on else "false"
-    try:
+    with environment_variable("TOKENIZERS_PARALLELISM", "true" if on else "false"):
         yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def fingerprint_files(folder: Location) -> str:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.doctor.checks import Check, gigabytes
 from pipeline.doctor.collective import Place
 from pipeline.doctor.nodes import NodeReport, hosts
 from pipeline.specs import TrainSpec
 from pipeline.training.model import Vocabulary
+
+if TYPE_CHECKING:
+    from della_model import DellaConfig
 
 _PROCESS_BYTES = 600e6  # Python, torch, Ray and DeepSpeed in one worker, measured on CPU
 _BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
@@ -73,16 +77,18 @@ def estimate(spec: TrainSpec, vocabulary: Vocabulary, workers: int) -> Need:
     )
 
 
-def _activations(spec: TrainSpec, config: object, width: int) -> float:
-    backbone = config.backbone  # type: ignore[attr-defined]
+def _activations(spec: TrainSpec, config: DellaConfig, width: int) -> float:
+    from della_model.head import MAX_LOGITS
+
     tokens = spec.train.micro_batch_tokens
-    layers, hidden = config.num_layers, backbone.hidden_size  # type: ignore[attr-defined]
+    layers, hidden = config.num_layers, config.backbone.hidden_size
     layer = tokens * hidden * width * _KEPT_PER_UNIT
     if spec.train.activation_checkpointing:  # each layer's input, and one layer made again
         kept = tokens * hidden * width * layers * _PASSES + layer
     else:
         kept = layer * layers * _PASSES
-    return float(kept + 2 * tokens * backbone.vocab_size * 4)  # the logits and their gradient
+    logits = min(tokens * config.backbone.vocab_size, MAX_LOGITS)  # the head's, a chunk at a time
+    return float(kept + 2 * logits * 4)  # and their gradient
 
 
 def check_memory(

@@ -7,7 +7,6 @@ plain values and the few record classes of DeepSpeed's own pass; anything else e
 from __future__ import annotations
 
 import copyreg
-import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from pipeline.environment import environment_variable
 from pipeline.errors import UserError, first_line
 
 # Plain records without code of their own, which DeepSpeed 0.19 writes beside its tensors.
@@ -25,7 +25,6 @@ _RECORDS = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
-_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 class _Record:
@@ -88,16 +87,12 @@ def no_code_from_files(where: Path) -> Iterator[None]:
         module, _, attribute = name.rpartition(".")
         classes.append(getattr(import_module(module), attribute))
     write_enums_by_value()  # a conversion writes what it read
-    before = os.environ.get(_FORCE)
-    os.environ[_FORCE] = "1"
-    try:
-        with _blamed(where), torch.serialization.safe_globals(classes):
-            yield
-    finally:
-        if before is None:
-            del os.environ[_FORCE]
-        else:
-            os.environ[_FORCE] = before
+    with (
+        environment_variable("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1"),
+        _blamed(where),
+        torch.serialization.safe_globals(classes),
+    ):
+        yield
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from della_model import InputError
+from della_model.fusion import LowRankTensorFusion
 from tests.della_model.backbone_data import FAMILIES
 
 GREEDY = {"max_new_tokens": 13, "do_sample": False}
@@ -63,7 +64,9 @@ def test_generation_of_few_documents_gives_what_many_give(make_model, family, co
     for one, other in zip(few, many, strict=False):
         width = min(len(one), len(other))
         assert torch.equal(one[:width], other[:width])
-    assert all(fusion.folded is None for fusion, _ in model._fusions_of_layers())
+    fusions = [part for part in model.modules() if isinstance(part, LowRankTensorFusion)]
+    assert len(fusions) == 2
+    assert all(fusion.folded is None for fusion in fusions)
 
 
 def test_generation_greedy_equals_a_plain_loop(make_model):

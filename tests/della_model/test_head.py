@@ -11,7 +11,7 @@ ROWS, HIDDEN, VOCAB = 11, 5, 17
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Three rows at a time, so that eleven rows make an uneven last chunk."""
-    monkeypatch.setattr(head_module, "_MAX_LOGITS", 3 * VOCAB)
+    monkeypatch.setattr(head_module, "MAX_LOGITS", 3 * VOCAB)
 
 
 def make_head(dtype=torch.float64):
