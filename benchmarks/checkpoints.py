@@ -17,6 +17,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,11 @@ def made_up_dataset(folder: Path) -> Location:
     )
     (folder / "train.txt").write_text("\n".join(lines) + "\n")
     corpus = {"kind": "text", "train": str(folder / "train.txt")}
-    spec = {"corpus": corpus, "tokenizer": {"vocab_size": 500}, "cluster": {"num_cpus": 2}}
+    spec = {
+        "corpus": corpus,
+        "tokenizer": {"kind": "bpe", "vocab_size": 500},
+        "cluster": {"num_cpus": 2},
+    }
     output = Location.parse(folder / "dataset")
     run_preprocess(PreprocessSpec.build(spec), {}, output)
     return output
@@ -127,24 +133,24 @@ def kill_worker(watch: Watch, after: int, found: dict[str, Any]) -> None:
 
 def killed_driver(spec: TrainSpec, dataset: Location, output: Location, after: int) -> int:
     """Train in a process that kills itself and its own after a step; return that step."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.setpgid(0, 0)
-        threading.Thread(target=_report_and_die, args=(after, write), daemon=True).start()
-        run_train(spec, {"dataset": dataset}, output)
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        step = int(pipe.read() or 0)
-    os.waitpid(child, 0)
+    context = get_context("spawn")  # a fork of a process that is connected to Ray hangs
+    read, write = context.Pipe(duplex=False)
+    driver = context.Process(target=_train_and_die, args=(spec, dataset, output, after, write))
+    driver.start()
+    step: int = read.recv()
+    driver.join()
     return step
 
 
-def _report_and_die(after: int, write: int) -> None:
-    done = Watch().until(lambda done: done >= after)
-    os.write(write, str(done).encode())
-    os.close(write)
+def _train_and_die(
+    spec: TrainSpec, dataset: Location, output: Location, after: int, write: Connection
+) -> None:
+    threading.Thread(target=_report_and_die, args=(after, write), daemon=True).start()
+    run_train(spec, {"dataset": dataset}, output)
+
+
+def _report_and_die(after: int, write: Connection) -> None:
+    write.send(Watch().until(lambda done: done >= after))
     for process in psutil.Process().children(recursive=True):
         process.kill()
     os.kill(os.getpid(), signal.SIGKILL)
