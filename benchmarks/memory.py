@@ -12,14 +12,18 @@ GIB = 2**30
 
 
 class PeakMemory:
-    """The most memory that this process had for itself while the body ran, in bytes.
+    """The most memory that a process had for itself while the body ran, in bytes.
 
     RssAnon, looked at every few milliseconds: mapped files and shared libraries are left out, which
     the kernel may drop.
+
+    Args:
+        pid: whose; by default this process's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pid: int | None = None) -> None:
         self.peak = 0
+        self._pid = pid
         self._stopped = threading.Event()
 
     def __enter__(self) -> PeakMemory:
@@ -33,14 +37,17 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._stopped.is_set():
-            self.peak = max(self.peak, own_memory())
+            self.peak = max(self.peak, own_memory(self._pid))
             time.sleep(0.005)
 
 
-def own_memory() -> int:
-    """RssAnon of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    kib = next(line.split()[1] for line in lines if line.startswith("RssAnon:"))
+def own_memory(pid: int | None = None) -> int:
+    """RssAnon of this process or another, in bytes; 0 of one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid or 'self'}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    kib = next((line.split()[1] for line in lines if line.startswith("RssAnon:")), "0")
     return int(kib) * 1024
 
 

@@ -84,6 +84,7 @@ def _is_there(checkpoint: Location) -> bool:
 
 
 def _convert(source: Path, target: Path) -> None:
+    import torch.utils.serialization
     from deepspeed.checkpoint import ds_to_universal
 
     target.mkdir(parents=True)
@@ -102,6 +103,8 @@ def _convert(source: Path, target: Path) -> None:
         redirect_stdout(nowhere),
         redirect_stderr(nowhere),
         no_code_from_files(source),
+        # Mapped, not read: a rank's file holds its share of the model and of both moments.
+        torch.utils.serialization.config.patch("load.mmap", True),  # type: ignore[attr-defined]
     ):
         ds_to_universal.main(arguments)
     (target.parent / "latest_universal").unlink(missing_ok=True)
