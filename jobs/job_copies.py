@@ -182,7 +182,9 @@ def _one(stage: str, copy: Copy, found: Mapping[str, list[Copy]]) -> str:
 def _all(item: Any, found: Mapping[str, list[Copy]]) -> list[Any]:
     if isinstance(item, str) and item.startswith(_STAGE):
         stage = item.removeprefix(_STAGE)
-        return [_STAGE + one.name for one in found.get(stage, [])] or [item]
+        if stage not in found:  # the graph will say so
+            return [item]
+        return [_STAGE + one.name for one in found[stage]]  # none, where it is copied for no value
     if isinstance(item, str) and item.startswith(_LABELS):
         stage = item.removeprefix(_LABELS)
         return [one.label or stage for one in found.get(stage, [])]

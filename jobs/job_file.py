@@ -204,6 +204,7 @@ def _stage(
             TrialSettings(trial, spec_with) if isinstance(trial, StageReference) else None,
             StageOptions.build(options, f"stage '{name}'"),
             place,
+            copy_of=copy.stage if copy.values else "",
         )
 
 

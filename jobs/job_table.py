@@ -31,7 +31,7 @@ def print_plan(job: JobSpec, storage: Location, selection: Selection) -> None:
     will_run: set[str] = set()
     for stage, found in job.plan(storage):
         folder = "" if isinstance(found, Undetermined) else str(found.output)
-        forced = stage.name in selection.force
+        forced = stage.is_among(selection.force)
         if stage.name not in chosen:
             state = "done" if found.is_done else "not run"
             table.add_row(stage.name, stage.kind, state, "left out by from= or only=", "", folder)

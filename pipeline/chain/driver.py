@@ -31,7 +31,7 @@ _TICK_S = 0.1
 
 @dataclass(frozen=True)
 class Selection:
-    """Which stages of a job are run."""
+    """Which stages of a job are run; a name is one stage's, or that of all copies of an entry."""
 
     start: str | None = None  # this one and all that need it
     only: Sequence[str] = ()  # these alone
@@ -44,16 +44,17 @@ class Selection:
             UserError: if one is not there, or `from` and `only` are both given.
         """
         for name in (*([self.start] if self.start else []), *self.only, *self.force):
-            job.stage(name)
+            job.named(name)
         if self.start and self.only:
             raise UserError(
                 f"from={self.start} and only={','.join(self.only)} exclude each other: from= takes "
                 "a stage and all that need it, only= takes the named ones; give one."
             )
         if self.only:
-            return [stage for stage in job.stages if stage.name in self.only]
+            return [stage for stage in job.stages if stage.is_among(self.only)]
         if self.start:
-            names = {self.start} | job.dependants(self.start)
+            first = job.named(self.start)
+            names = {stage.name for stage in first} | job.dependants(first)
             return [stage for stage in job.stages if stage.name in names]
         return list(job.stages)
 
@@ -129,7 +130,7 @@ class Chain:
         """
         self._require_inputs()
         for stage in self._waiting:  # before anything starts
-            if not self._plans[stage.name].is_done or stage.name in self._selection.force:
+            if not self._plans[stage.name].is_done or stage.is_among(self._selection.force):
                 self._share(stage)
         try:
             while self._waiting or self._running:
@@ -166,7 +167,7 @@ class Chain:
             found = self._plans[stage.name]
             if lost:
                 self._end(stage, "skipped", f"needs {', '.join(lost)}")
-            elif found.is_done and stage.name not in self._selection.force:
+            elif found.is_done and not stage.is_among(self._selection.force):
                 assert isinstance(found, Planned)
                 self._say(None, f"{stage.name}: already done  {found.output}")
                 self._end(stage, "already done")
@@ -204,7 +205,7 @@ class Chain:
 
     def _start(self, attempt: Attempt) -> None:
         label = Label(self._job.name, attempt.stage.name)
-        force = attempt.stage.name in self._selection.force and attempt.number == 1
+        force = attempt.stage.is_among(self._selection.force) and attempt.number == 1
         request = Request.of(attempt.planned, label, force)
         attempt.started = start(request, attempt.stage.options, self._gcs_address)
         attempt.since = time.monotonic()

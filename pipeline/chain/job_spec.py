@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -43,6 +43,11 @@ class JobStage:
     trial: TrialSettings | None = None
     options: StageOptions = field(default_factory=StageOptions)
     place: str = ""  # where in its file it stands, for errors
+    copy_of: str = ""  # the entry of that file, where it stands for many
+
+    def is_among(self, names: Collection[str]) -> bool:
+        """Whether it is meant by one of the names, its own or that of all copies of its entry."""
+        return self.name in names or self.copy_of in names
 
     @property
     def needs(self) -> set[str]:
@@ -127,26 +132,28 @@ class JobSpec:
         ordered = sorted(order, key=lambda n: (depth[n], position[n]))
         return cls(name, tuple(stages[n] for n in ordered), cluster, with_code)
 
-    def stage(self, name: str) -> JobStage:
-        """Look a stage up.
+    def named(self, name: str) -> list[JobStage]:
+        """The stage of that name, or all copies of the entry of that name.
 
         Raises:
-            UserError: if there is none of that name, with the nearest right one.
+            UserError: if there is none, with the nearest right name.
         """
-        names = [stage.name for stage in self.stages]
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise UserError(
-            f"job {self.name} has no stage '{name}'{nearest(name, names)}; its stages are: "
-            f"{', '.join(names)}."
-        )
+        found = [stage for stage in self.stages if stage.is_among({name})]
+        if not found:
+            names = [stage.name for stage in self.stages]
+            known = dict.fromkeys([*names, *(s.copy_of for s in self.stages if s.copy_of)])
+            raise UserError(
+                f"job {self.name} has no stage '{name}'{nearest(name, known)}; its stages are: "
+                f"{', '.join(names)}."
+            )
+        return found
 
-    def dependants(self, name: str) -> set[str]:
-        """Names of all stages that need a stage, directly or through others."""
+    def dependants(self, stages: Collection[JobStage]) -> set[str]:
+        """Names of all stages that need one of these, directly or through others."""
+        needed = {stage.name for stage in stages}
         found: set[str] = set()
         for stage in self.stages:  # in order: what needs comes after what is needed
-            if stage.needs & (found | {name}):
+            if stage.needs & (found | needed):
                 found.add(stage.name)
         return found
 

@@ -7,6 +7,7 @@ import pytest
 from jobs.entry import compose
 from jobs.job_copies import copies
 from jobs.job_file import expand_arguments, file_of_arguments, job_from_config
+from pipeline.chain.driver import Selection
 from pipeline.chain.job_spec import StageReference
 from pipeline.errors import UserError
 from pipeline.storage import Location
@@ -137,6 +138,20 @@ def test_study_takes_a_key_of_one_stage_for_all_its_copies(study):
     assert {s.spec.train.max_steps for s in stages} == {3}
 
 
+def test_stage_of_the_file_means_all_its_copies_in_a_selection(study):
+    job = study("systems=[plain,add]", "aided=[]", "search=false", "seeds=[0,1]")
+    chosen = [stage.name for stage in Selection(only=["data", "model"]).chosen(job)]
+    assert chosen == ["data", "model-plain-0", "model-plain-1", "model-add-0", "model-add-1"]
+    chosen = [stage.name for stage in Selection(start="figures").chosen(job)]
+    assert chosen == [
+        "figures-plain-0", "figures-plain-1", "figures-add-0", "figures-add-1", "page",
+    ]  # fmt: skip
+    forced = [stage.name for stage in job.stages if stage.is_among(["model-add-1", "figures"])]
+    assert forced == ["model-add-1", *chosen[:-1]]
+    with pytest.raises(UserError, match="no stage 'figure' .did you mean 'figures'"):
+        Selection(only=["figure"]).chosen(job)
+
+
 def test_study_takes_what_a_search_found_over_its_tables(study, tmp_path):
     found = "train.learning_rate: 0.0042\ntrain.free_bits: 0.2\n"
     (tmp_path / "best.yaml").write_text(found)
@@ -145,7 +160,7 @@ def test_study_takes_what_a_search_found_over_its_tables(study, tmp_path):
     aided = stages["aided_model-della-free_bits-0"].trial.spec_with(Location.parse(tmp_path))
     assert (aided.train.learning_rate, aided.train.free_bits) == (0.0042, 0.2)
     assert (aided.train.free_bits_per, aided.train.max_steps) == ("dimension", 350)
-    given = study(*few, "aided_model.train.learning_rate=0.001").stage(
+    (given,) = study(*few, "aided_model.train.learning_rate=0.001").named(
         "aided_model-della-free_bits-0"
     )
     assert given.trial.spec_with(Location.parse(tmp_path)).train.learning_rate == 0.001
