@@ -148,7 +148,7 @@ def test_stage_of_the_file_means_all_its_copies_in_a_selection(study):
     ]  # fmt: skip
     forced = [stage.name for stage in job.stages if stage.is_among(["model-add-1", "figures"])]
     assert forced == ["model-add-1", *chosen[:-1]]
-    with pytest.raises(UserError, match="no stage 'figure' .did you mean 'figures'"):
+    with pytest.raises(UserError, match=r"no stage 'figure' \(did you mean 'figures'"):
         Selection(only=["figure"]).chosen(job)
 
 
