@@ -102,7 +102,8 @@ def write_part(rank: int, folder: Path, size: str, options: argparse.Namespace) 
     """One rank's part, after a step: before the first, stage 3 has no moments."""
     from pipeline.training.checkpoint import MeterState, RunState, write_checkpoint
     from pipeline.training.deepspeed_config import deepspeed_config
-    from pipeline.training.engine import prepare_process, start_engine
+    from pipeline.training.engine import start_engine
+    from pipeline.training.process import prepare_process
 
     ranks = options.ranks
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}

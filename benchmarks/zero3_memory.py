@@ -1,10 +1,13 @@
 """Peak memory of a worker under ZeRO-3, with one worker and with two, on one big backbone.
 
-    python benchmarks/zero3_memory.py --text FILE [--layers 20 --hidden 1024 --vocab 32000]
+    python benchmarks/zero3_memory.py --text FILE [--layers 40 --hidden 1024 --vocab 32000]
 
 A Llama of the size asked for is made at random and saved as sharded safetensors; then real training
 steps start from that folder, in one process and in two. Memory is what a process has for itself
 (RssAnon: mapped files and shared libraries left out), looked at every few milliseconds.
+
+More than half with two workers is what each needs whole: with a shared encoder the gradients of the
+whole backbone, which wait in the backward pass for those of its second use.
 """
 
 from __future__ import annotations
@@ -103,12 +106,14 @@ def train(rank: int, num_workers: int, port: int, given: dict[str, Any]) -> None
     torch.distributed.destroy_process_group()
 
 
-def spec_of(backbone: Path) -> dict[str, Any]:
+def spec_of(backbone: Path, encoder: str, precision: str) -> dict[str, Any]:
     return {
-        "model": {"backbone": str(backbone), "latent_size": 32, "dropout": 0.0},
+        "model": {
+            "backbone": str(backbone), "latent_size": 32, "dropout": 0.0, "encoder": encoder,
+        },
         "train": {
             "max_steps": 10, "batch_tokens": 256, "micro_batch_tokens": 128, "warmup_steps": 0,
-            "activation_checkpointing": True,
+            "activation_checkpointing": True, "precision": precision,
         },
         "deepspeed": {"zero_stage": 3},
     }  # fmt: skip
@@ -125,9 +130,11 @@ def free_port() -> Iterator[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--encoder", default="shared", choices=("shared", "separate"))
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--steps", type=int, default=2)
     options = parser.parse_args()
     table = Table("workers", "before", "loading", "training", "of one worker's", "loss")
@@ -136,7 +143,8 @@ def main() -> None:
         count = make_backbone(options, folder / "backbone")
         make_dataset(options.text, folder)
         given = {
-            "spec": spec_of(folder / "backbone"), "dataset": str(folder / "dataset"),
+            "spec": spec_of(folder / "backbone", options.encoder, options.precision),
+            "dataset": str(folder / "dataset"),
             "steps": options.steps, "out": str(folder),
         }  # fmt: skip
         alone = 0
@@ -156,8 +164,9 @@ def main() -> None:
                     f"{found['loss']:.4f}",
                 )
         table.title = (
-            f"GiB of a worker under ZeRO-3, float32: backbone {count / 1e6:.0f} million "
-            f"parameters, model {found['parameters'] / 1e6:.0f} million"
+            f"GiB of a worker under ZeRO-3, {options.precision}, encoder {options.encoder}: "
+            f"backbone {count / 1e6:.0f} million parameters, "
+            f"model {found['parameters'] / 1e6:.0f} million"
         )
     Console().print(table)
 

@@ -115,8 +115,17 @@ def deepspeed_config(spec: TrainSpec, num_workers: int, accumulation: int) -> di
 def _zero(stage: int) -> dict[str, Any]:
     if stage < 3:
         return {"stage": stage}
-    # By default parameters below 100,000 elements stay whole on every worker.
-    return {"stage": 3, "stage3_param_persistence_threshold": 10_000}
+    return {
+        "stage": 3,
+        # Elements. DeepSpeed's own are for models of many billions (5e8 and 1e9): up to 500 million
+        # parameters, each worker would hold all weights and all gradients whole at once.
+        "reduce_bucket_size": 50_000_000,
+        "sub_group_size": 50_000_000,
+        "stage3_prefetch_bucket_size": 12_500_000,
+        "stage3_max_live_parameters": 50_000_000,
+        "stage3_max_reuse_distance": 50_000_000,
+        "stage3_param_persistence_threshold": 10_000,  # smaller ones stay whole on every worker
+    }
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

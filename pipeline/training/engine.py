@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 from typing import Any
 
 import torch
@@ -13,19 +11,7 @@ from torch import nn
 from della_model import Della
 from pipeline.specs import TrainSpec
 from pipeline.training.model import build_objective
-
-
-def prepare_process(cpus: int, use_gpu: bool) -> torch.device:
-    """Set this process up for one worker; return the device that it computes on.
-
-    Call it before anything imports DeepSpeed, which picks its accelerator at import.
-    """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not use_gpu:
-        torch.set_num_threads(cpus)
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+from pipeline.training.process import joined_deepspeed
 
 
 def start_engine(spec: TrainSpec, model: Della, config: dict[str, Any]) -> Any:
@@ -35,14 +21,9 @@ def start_engine(spec: TrainSpec, model: Della, config: dict[str, Any]) -> Any:
     from scratch is built whole in main memory first, and DeepSpeed moves and shards it parameter by
     parameter: its initialisation reaches over several modules, whose weights must be there.
 
-    `torch.distributed` must be up. Nothing is compiled: gloo carries the collectives on CPU in
-    place of DeepSpeed's shared-memory ones, and torch's AdamW the update.
+    `torch.distributed` must be up.
     """
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Present before its first use, this keeps DeepSpeed from probing for compilers.
-    vars(deepspeed.ops).setdefault("__compatible_ops__", {"deepspeed_shm_comm": False})
+    deepspeed = joined_deepspeed()
     objective = build_objective(spec, model)
     engine, *_ = deepspeed.initialize(
         model=objective,

@@ -14,7 +14,7 @@ from pipeline.shards import Dataset, Split
 from pipeline.specs import TrainSpec
 from pipeline.storage import Location
 from pipeline.training.deepspeed_config import deepspeed_config, merged
-from pipeline.training.engine import prepare_process, shape_of, start_engine
+from pipeline.training.engine import shape_of, start_engine
 from pipeline.training.loader import Padding, Share, TrainLoader, validation_batches
 from pipeline.training.model import (
     Vocabulary,
@@ -24,6 +24,7 @@ from pipeline.training.model import (
     count_steps,
     learning_rate_schedule,
 )
+from pipeline.training.process import prepare_process, return_freed_memory
 from pipeline.training.trainable import set_trainable
 
 
@@ -95,6 +96,8 @@ def start_run(
         load_universal: make an engine that loads a converted checkpoint, and no other.
     """
     device = prepare_process(spec.train.cpus_per_worker, use_gpu)
+    if spec.deepspeed.zero_stage == 3 and not use_gpu:
+        return_freed_memory()
     check_attention(spec.model.attention)
     dataset = Dataset.open(dataset_folder)
     split = dataset.split("train")

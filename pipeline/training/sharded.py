@@ -20,6 +20,7 @@ from torch import nn
 
 from della_model import Della, DellaConfig
 from pipeline.noise import Purpose, torch_seed
+from pipeline.training.process import joined_deepspeed
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -65,8 +66,7 @@ def load_sharded(
     or a vocabulary that is to be extended. A collective call: every worker makes it, and gets the
     same answer.
     """
-    import deepspeed
-
+    deepspeed = joined_deepspeed()
     files = WeightFiles(folder)
     with parameters_without_memory():
         model = Della(config)

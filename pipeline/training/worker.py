@@ -31,12 +31,13 @@ from pipeline.training.checkpoint import (
     write_checkpoint,
 )
 from pipeline.training.disk import full_disk_explained
-from pipeline.training.engine import grad_norm, made_update, prepare_process, set_learning_rate
+from pipeline.training.engine import grad_norm, made_update, set_learning_rate
 from pipeline.training.export import copy_weights, export_weights
 from pipeline.training.loader import StepBatch, TrainLoader
 from pipeline.training.meter import Meter, perplexity
 from pipeline.training.metrics import SUMMARY, VALID_KEYS, MetricsLog
 from pipeline.training.notice import InterruptedRunError, Notice, Notices
+from pipeline.training.process import prepare_process
 from pipeline.training.setup import Run, start_run
 from pipeline.training.store import CHECKPOINTS, CheckpointStore
 from pipeline.training.upload import Uploader

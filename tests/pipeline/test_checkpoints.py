@@ -45,7 +45,7 @@ def leg(
     result: Path,
 ) -> None:
     """Go on with each run from its newest whole checkpoint to a step, and leave one of that."""
-    from pipeline.training.engine import prepare_process
+    from pipeline.training.process import prepare_process
 
     prepare_process(1, use_gpu=False)
     found = {

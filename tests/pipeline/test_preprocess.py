@@ -88,6 +88,7 @@ def test_preprocess_again_doubles_nothing(tmp_path: Path, ray_local: None) -> No
     assert tree(folder) == before
 
 
+@pytest.mark.faults
 def test_preprocess_driver_killed_leaves_no_half_dataset_and_goes_on(
     tmp_path: Path, ray_local: None
 ) -> None:

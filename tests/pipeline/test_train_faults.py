@@ -129,7 +129,6 @@ def test_worker_killed_at_a_random_step_equals_the_straight_run(
     assert_same_run(output, straight)
 
 
-@pytest.mark.short
 def test_worker_preempted_by_sigterm_loses_no_step_and_is_no_failure(
     straight: Location, dataset: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,7 +248,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.short
 def test_disk_that_fills_up_stops_with_one_sentence_and_a_whole_checkpoint(
     small_disk: Path, dataset: Dataset
 ) -> None:
