@@ -15,7 +15,7 @@ from della_model.model import Della
 from della_model.outputs import ElboTerms
 from della_model.shapes import Bool, Float, Int
 
-FREE_BITS_PER = ("layer", "dimension")
+FREE_BITS_PER = ("document", "layer", "dimension")
 
 
 class Objective(nn.Module):
@@ -32,8 +32,9 @@ class Objective(nn.Module):
     Args:
         model: the Della to train.
         free_bits: nats of KL that each layer of each document has for nothing, or each dimension
-            of each layer; below them it has no gradient. The reported KL is always the true one.
-        free_bits_per: "layer" or "dimension".
+            of each layer, or the whole document, whose layers share them as they like; below them
+            the KL has no gradient. The reported KL is always the true one.
+        free_bits_per: "document", "layer" or "dimension".
         kl_layers: the latents whose KL is charged, counted from 0, or from the last by −1; None
             for all. One that is not charged is free to tell all it can.
         bag_of_words: w, the weight of `BagOfWords`, whose weights are the objective's own and no
@@ -98,7 +99,9 @@ class Objective(nn.Module):
         return loss, {"loss": loss.detach(), **sums}
 
     def _charged_kl(self, terms: ElboTerms) -> Float[Tensor, " batch"]:
-        """Σ_l max(KL_l, free_bits), or Σ_l Σ_i max(KL_li, free_bits), over the charged layers."""
+        """Σ_l max(KL_l, λ), Σ_l Σ_i max(KL_li, λ) or max(Σ_l KL_l, λ), over the charged layers."""
+        if self.free_bits_per == "document":
+            return terms.kl_per_layer[:, self.charged].sum(-1).clamp(min=self.free_bits)
         if self.free_bits_per == "dimension":
             kl_per_layer = terms.sample.kl_per_dimension.clamp(min=self.free_bits).sum(-1)
         else:

@@ -105,6 +105,23 @@ def test_objective_free_bits_of_each_dimension_equal_a_plain_computation(make_mo
     torch.testing.assert_close(sums["kl"], sample.kl_per_layer.sum())
 
 
+def test_objective_free_bits_of_a_document_are_shared_by_its_layers(make_model, batch, noise):
+    model = make_model().double()
+    weight = torch.tensor([0.1, 0.2, 0.3, 0.05, 0.35]).double()
+    terms = model.elbo_terms(*batch, noise)
+    free = float(terms.kl.detach().median())
+    assert (terms.kl < free).any(), "free bits should bind somewhere"
+    assert (terms.kl > free).any(), "and not everywhere"
+    loss, sums = Objective(model, free, "document")(*batch, noise, weight, BETA)
+    charged = [max(float(kl), free) for kl in terms.kl.detach()]
+    expected = terms.reconstruction_nll + BETA * torch.tensor(charged).double()
+    torch.testing.assert_close(loss, (weight * expected).sum())
+    torch.testing.assert_close(sums["kl"], terms.kl.sum())
+    of_last, _ = Objective(model, free, "document", [-1])(*batch, noise, weight, BETA)
+    expected = terms.reconstruction_nll + BETA * terms.kl_per_layer[:, -1].clamp(min=free)
+    torch.testing.assert_close(of_last, (weight * expected).sum())
+
+
 @pytest.mark.parametrize(("layers", "charged"), [([-1], [2]), ([0, 2], [0, 2]), (None, [0, 1, 2])])
 def test_objective_charges_the_kl_of_the_layers_it_is_told(
     make_model, batch, noise, layers, charged
@@ -157,7 +174,11 @@ def test_objective_under_word_dropout_hides_tokens_from_the_decoder_alone(make_m
 @pytest.mark.parametrize(
     ("options", "model_options", "message"),
     [
-        ({"free_bits_per": "token"}, {}, "free_bits_per: expected one of dimension, layer"),
+        (
+            {"free_bits_per": "token"},
+            {},
+            "free_bits_per: expected one of dimension, document, layer",
+        ),
         ({"kl_layers": [3]}, {}, "kl_layers: expected latents from 0 to 2.*got 3"),
         ({"bag_of_words": -1.0}, {}, "bag_of_words: expected"),
         ({"bag_of_words": 1.0}, {"latents": "none"}, "bag_of_words: expected 0 for a model"),
