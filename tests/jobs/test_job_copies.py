@@ -110,7 +110,7 @@ def test_study_of_each_size_is_a_whole_job(study, size):
     assert stages["model-optimus-2"].trial.search == StageReference("search-optimus")
     search = stages["aided_search-single-free_bits"].spec
     assert set(search.search.space) == {"train.learning_rate", "train.free_bits"}
-    assert (search.trial.model.latents, search.trial.train.free_bits) == ("single", 0.1)
+    assert (search.trial.model.latents, search.trial.train.free_bits) == ("single", 6.0)
     assert all(stages[name].spec.split == "test" for name in aided)
 
 
@@ -153,13 +153,13 @@ def test_stage_of_the_file_means_all_its_copies_in_a_selection(study):
 
 
 def test_study_takes_what_a_search_found_over_its_tables(study, tmp_path):
-    found = "train.learning_rate: 0.0042\ntrain.free_bits: 0.2\n"
+    found = "train.learning_rate: 0.0042\ntrain.free_bits: 4.5\n"
     (tmp_path / "best.yaml").write_text(found)
     few = ("systems=[plain]", "aided=[della]", "aids=[free_bits]")
     stages = {stage.name: stage for stage in study(*few).stages}
     aided = stages["aided_model-della-free_bits-0"].trial.spec_with(Location.parse(tmp_path))
-    assert (aided.train.learning_rate, aided.train.free_bits) == (0.0042, 0.2)
-    assert (aided.train.free_bits_per, aided.train.max_steps) == ("dimension", 350)
+    assert (aided.train.learning_rate, aided.train.free_bits) == (0.0042, 4.5)
+    assert (aided.train.free_bits_per, aided.train.max_steps) == ("document", 1400)
     (given,) = study(*few, "aided_model.train.learning_rate=0.001").named(
         "aided_model-della-free_bits-0"
     )
