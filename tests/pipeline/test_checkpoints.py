@@ -145,6 +145,10 @@ ELASTIC = {
     "stage1": elastic_spec(1),
     "stage2": elastic_spec(2),
     "stage3": elastic_spec(3),
+    # As of a big model, whose share on a worker is cut into several groups.
+    "stage3_groups": elastic_spec(
+        3, deepspeed__extra={"zero_optimization": {"sub_group_size": 20_000}}
+    ),
     "stage2_bf16": elastic_spec(2, train__precision="bf16"),
     "stage1_latents": elastic_spec(1, train__trainable="latents"),
 }

@@ -44,6 +44,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all-1": {"deepspeed__zero_stage": 1},
     "all-2": {"deepspeed__zero_stage": 2},
     "all-3": {"deepspeed__zero_stage": 3},
+    # As of a big model, whose share on a worker is cut into several groups.
+    "groups-3": {
+        "deepspeed__zero_stage": 3,
+        "deepspeed__extra": {"zero_optimization": {"sub_group_size": 20_000}},
+    },
     "bf16-0": {"deepspeed__zero_stage": 0, "train__precision": "bf16"},
     "bf16-2": {"deepspeed__zero_stage": 2, "train__precision": "bf16"},
     "bf16-3": {"deepspeed__zero_stage": 3, "train__precision": "bf16"},
