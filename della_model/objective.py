@@ -15,7 +15,7 @@ from della_model.model import Della
 from della_model.outputs import ElboTerms
 from della_model.shapes import Bool, Float, Int
 
-FREE_BITS_PER = ("document", "layer", "dimension")
+FREE_BITS_PER = ("batch", "document", "layer", "dimension")
 
 
 class Objective(nn.Module):
@@ -34,7 +34,9 @@ class Objective(nn.Module):
         free_bits: nats of KL that each layer of each document has for nothing, or each dimension
             of each layer, or the whole document, whose layers share them as they like; below them
             the KL has no gradient. The reported KL is always the true one.
-        free_bits_per: "document", "layer" or "dimension".
+        free_bits_per: "document", "layer" or "dimension"; or "batch": the documents of a global
+            batch have that many each on average, and share them (Kingma et al. 2016, arXiv
+            1606.04934, appendix C.8, have them of a minibatch too).
         kl_layers: the latents whose KL is charged, counted from 0, or from the last by −1; None
             for all. One that is not charged is free to tell all it can.
         bag_of_words: w, the weight of `BagOfWords`, whose weights are the objective's own and no
@@ -77,19 +79,32 @@ class Objective(nn.Module):
         condition_ids: Int[Tensor, "batch source"] | None = None,
         condition_mask: Int[Tensor, "batch source"] | Bool[Tensor, "batch source"] | None = None,
         decoder_input_ids: Int[Tensor, "batch time"] | None = None,
+        batch_kl: Float[Tensor, ""] | None = None,
+        only_kl: bool = False,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The loss, and detached sums over the documents of weight > 0 (nats, counts).
 
         `bag_of_words_nll` is among them where there is a bag of words, without its weight.
+
+        Args:
+            batch_kl: where the free bits are the batch's and these documents are a part of one:
+                the mean of the charged KL over all of it. None: they are all of it.
+            only_kl: leave the decoder out, and give the sum of the charged KL and
+                `num_documents`, of which `batch_kl` is made.
         """
         condition = None
         if condition_ids is not None and condition_mask is not None:
             condition = Condition(condition_ids, condition_mask)
+        counted = document_weight > 0
+        if only_kl:
+            sample = self.model.infer(input_ids, attention_mask, noise, condition)
+            kl = (self._plain_kl(sample.kl_per_layer) * counted).sum()
+            return kl, {"charged_kl": kl.detach(), "num_documents": counted.sum()}
         terms = self.model.elbo_terms(
             input_ids, attention_mask, noise, condition, decoder_input_ids
         )
-        document_loss = terms.reconstruction_nll + beta * self._charged_kl(terms)
-        counted = document_weight > 0
+        charged_kl = self._charged_kl(terms, document_weight, batch_kl)
+        document_loss = terms.reconstruction_nll + beta * charged_kl
         sums = _sums(terms, counted)
         if self.bag_of_words is not None:
             bow_nll = self.bag_of_words(self.model, input_ids, attention_mask, terms.sample.latents)
@@ -98,15 +113,35 @@ class Objective(nn.Module):
         loss = (document_weight * document_loss).sum()
         return loss, {"loss": loss.detach(), **sums}
 
-    def _charged_kl(self, terms: ElboTerms) -> Float[Tensor, " batch"]:
-        """Σ_l max(KL_l, λ), Σ_l Σ_i max(KL_li, λ) or max(Σ_l KL_l, λ), over the charged layers."""
+    def _plain_kl(self, kl_per_layer: Float[Tensor, "batch layers"]) -> Float[Tensor, " batch"]:
+        """Σ_l KL_l over the charged layers."""
+        return kl_per_layer[:, self.charged].sum(-1)
+
+    def _charged_kl(
+        self,
+        terms: ElboTerms,
+        document_weight: Float[Tensor, " batch"],
+        batch_kl: Float[Tensor, ""] | None,
+    ) -> Float[Tensor, " batch"]:
+        """Σ_l max(KL_l, λ), Σ_l Σ_i max(KL_li, λ) or max(Σ_l KL_l, λ), over the charged layers.
+
+        For a batch's, Σ_l KL_l where its mean is above λ, else λ: their mean is the greater of
+        the two, with its gradient. In evaluation, whose batches are no training's, all is charged.
+        """
+        if self.free_bits_per == "batch":
+            kl = self._plain_kl(terms.kl_per_layer)
+            if not self.training:
+                return kl
+            if batch_kl is None:
+                batch_kl = (document_weight * kl.detach()).sum() / document_weight.sum()
+            return torch.where(batch_kl > self.free_bits, kl, self.free_bits)
         if self.free_bits_per == "document":
-            return terms.kl_per_layer[:, self.charged].sum(-1).clamp(min=self.free_bits)
+            return self._plain_kl(terms.kl_per_layer).clamp(min=self.free_bits)
         if self.free_bits_per == "dimension":
             kl_per_layer = terms.sample.kl_per_dimension.clamp(min=self.free_bits).sum(-1)
         else:
             kl_per_layer = terms.kl_per_layer.clamp(min=self.free_bits)
-        return kl_per_layer[:, self.charged].sum(-1)
+        return self._plain_kl(kl_per_layer)
 
 
 def _charged_layers(asked: Sequence[int] | None, count: int) -> list[int]:

@@ -123,9 +123,10 @@ class OptimizationSpec(Spec):
     trainable: Literal["all", "latents", "lora"] = "all"
     lora: LoraSpec = LoraSpec()
     beta: BetaSpec = BetaSpec()
-    # Nats of KL that cost nothing, of each document: of every layer, every dimension, or the sum.
+    # Nats of KL that cost nothing, of each document: of every layer, every dimension, or the sum;
+    # or of its average over the documents of a global batch.
     free_bits: float = Field(0.0, ge=0)
-    free_bits_per: Literal["document", "layer", "dimension"] = "layer"
+    free_bits_per: Literal["batch", "document", "layer", "dimension"] = "layer"
     # The latents whose KL the loss charges, counted from 0, or from the last by −1; None: all.
     kl_layers: tuple[int, ...] | None = None
     bag_of_words: float = Field(0.0, ge=0)  # weight of predicting a document's tokens from z alone

@@ -128,11 +128,14 @@ def train_step(run: Run, step: int, batch: StepBatch, sums: Meter) -> bool:
     """
     set_learning_rate(run.engine, run.learning_rate(step))
     parts = run.share.num_workers * run.share.accumulation
+    shared = run.spec.train.free_bits_per == "batch" and run.spec.train.free_bits > 0
+    batch_kl = mean_batch_kl(run, step, batch) if shared and parts > 1 else None
     found: list[dict[str, torch.Tensor]] = []
     for micro, micro_batch in enumerate(batch.micro_batches):
-        part = micro * run.share.num_workers + run.share.rank
-        torch.manual_seed(dropout_seed(run.spec.train.seed, step, part))
-        loss, summed = run.engine(**micro_batch.arguments(run.device), beta=run.beta(step))
+        seed_dropout(run, step, micro)
+        loss, summed = run.engine(
+            **micro_batch.arguments(run.device), beta=run.beta(step), batch_kl=batch_kl
+        )
         run.engine.backward(loss)
         run.engine.step()  # updates after the last micro-batch
         found.append(summed)
@@ -141,6 +144,28 @@ def train_step(run: Run, step: int, batch: StepBatch, sums: Meter) -> bool:
     for summed in found:
         sums.add(summed, loss_scale=batch.num_documents / parts)
     return True
+
+
+def seed_dropout(run: Run, step: int, micro: int) -> None:
+    """Have a micro-batch of this worker draw its own dropout, the same whenever it is read."""
+    part = micro * run.share.num_workers + run.share.rank
+    torch.manual_seed(dropout_seed(run.spec.train.seed, step, part))
+
+
+@torch.no_grad()
+def mean_batch_kl(run: Run, step: int, batch: StepBatch) -> torch.Tensor:
+    """Nats a document of the charged KL, over all of a global batch. A collective call.
+
+    Free bits that a batch shares need it before the first backward pass, and no part of the batch
+    knows it: one more pass of the encoder, under the same dropout.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=run.device)
+    for micro, micro_batch in enumerate(batch.micro_batches):
+        seed_dropout(run, step, micro)
+        _, found = run.engine(**micro_batch.arguments(run.device), beta=0.0, only_kl=True)
+        sums += torch.stack([found["charged_kl"].double(), found["num_documents"].double()])
+    torch.distributed.all_reduce(sums)
+    return sums[0] / sums[1]
 
 
 @torch.no_grad()

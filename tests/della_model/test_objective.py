@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -122,6 +124,47 @@ def test_objective_free_bits_of_a_document_are_shared_by_its_layers(make_model, 
     torch.testing.assert_close(of_last, (weight * expected).sum())
 
 
+@pytest.mark.parametrize("share", [0.9, 1.1])
+@pytest.mark.parametrize("sizes", [[5], [1, 4], [2, 2, 1]])
+def test_objective_free_bits_of_a_batch_are_shared_by_its_documents(
+    make_model, documents, pad_documents, batch, noise, share, sizes
+):
+    """Whole or in parts, with fillers: the greater of mean KL and λ, and its gradient."""
+    model = make_model().double()
+    kl = model.elbo_terms(*batch, noise).kl
+    free = share * float(kl.detach().mean())
+    assert (kl < free).any(), "some documents take less than their share"
+    assert (kl > free).any(), "and some more"
+    terms = model.elbo_terms(*batch, noise)
+    expected = terms.reconstruction_nll.mean() + BETA * terms.kl.mean().clamp(min=free)
+    objective = Objective(model, free, "batch").train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
+
+    parts, start = [], 0
+    for size in sizes:
+        rows = slice(start, start + size)
+        start += size
+        part = pad_documents([*documents[rows], [1, 8, 9, 10, 2]])
+        filler = torch.randn(1, *noise.shape[1:]).double()
+        weight = torch.tensor([0.2] * size + [0.0], dtype=torch.float64)
+        parts.append((*part, torch.cat([noise[rows], filler]), weight))
+    batch_kl = None
+    if len(parts) > 1:
+        sums = [objective(*part, BETA, only_kl=True)[1] for part in parts]
+        assert sum(int(s["num_documents"]) for s in sums) == 5
+        batch_kl = torch.stack([s["charged_kl"] for s in sums]).sum() / 5
+    loss = torch.stack([objective(*part, BETA, batch_kl=batch_kl)[0] for part in parts]).sum()
+    torch.testing.assert_close(loss, expected)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for one, other in zip(found, gradients, strict=True):
+        one, other = (torch.zeros(()) if g is None else g for g in (one, other))
+        assert float((one - other).abs().max()) < 1e-9
+    in_evaluation, _ = objective.eval()(*parts[0], BETA)
+    charged = objective.train()(*parts[0], BETA, batch_kl=torch.tensor(math.inf))[0]
+    torch.testing.assert_close(in_evaluation, charged)
+
+
 @pytest.mark.parametrize(("layers", "charged"), [([-1], [2]), ([0, 2], [0, 2]), (None, [0, 1, 2])])
 def test_objective_charges_the_kl_of_the_layers_it_is_told(
     make_model, batch, noise, layers, charged
@@ -177,7 +220,7 @@ def test_objective_under_word_dropout_hides_tokens_from_the_decoder_alone(make_m
         (
             {"free_bits_per": "token"},
             {},
-            "free_bits_per: expected one of dimension, document, layer",
+            "free_bits_per: expected one of batch, dimension, document, layer",
         ),
         ({"kl_layers": [3]}, {}, "kl_layers: expected latents from 0 to 2.*got 3"),
         ({"bag_of_words": -1.0}, {}, "bag_of_words: expected"),

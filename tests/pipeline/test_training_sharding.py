@@ -41,9 +41,8 @@ def spec_of(**values: Any) -> TrainSpec:
     return train_spec(
         model__dropout=0.0,
         train__max_grad_norm=0.5,
-        train__free_bits=0.02,
         train__beta={"kind": "constant", "delay": 0.0, "value": 0.7},
-        **values,
+        **({"train__free_bits": 0.02} | values),
     )
 
 
@@ -192,6 +191,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train__bag_of_words": 0.5,
     },
     "none": {"model__latents": "none"},
+    "batch_shares_free_bits": {
+        "train__free_bits_per": "batch",
+        "train__free_bits": 0.037,  # the means of the three steps lie on both sides of it
+        "train__kl_layers": [0, 2],
+    },
 }
 
 
