@@ -251,15 +251,15 @@ def collapse(figures: Mapping[str, Any]) -> str | None:
     if figures["kl"] < COLLAPSED_BELOW:
         return (
             f"The latents are collapsed: the posterior carries {figures['kl']:.3g} nats a document "
-            "beyond the prior, so the decoder works as a plain language model. An autoencoder "
-            "start (train.beta.delay) or free bits (train.free_bits) can keep them alive."
+            "beyond the prior, so the decoder works as a plain language model. Free bits "
+            "(train.free_bits) or an autoencoder start (train.beta.delay) can keep them alive."
         )
     lowest = f"{min(ACTIVE_ABOVE):g}"
     if figures["num_documents"] > 1 and not any(figures["active_units"][lowest]):
         return (
             f"The latents are collapsed: they cost {figures['kl']:.3g} nats a document, but no "
             f"dimension's posterior mean varies with the document by more than {lowest}, so they "
-            "tell nothing about it. An autoencoder start (train.beta.delay) can help."
+            "tell nothing about it. Free bits that a batch shares (train.free_bits) can help."
         )
     return None
 

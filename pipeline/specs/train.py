@@ -22,7 +22,7 @@ class ModelSpec(Spec):
     context: int = Field(512, gt=2)  # longest document in tokens; from scratch only
     dropout: float = Field(0.1, ge=0, lt=1)
     latents: Literal["layerwise", "single", "independent", "constant", "none"] = "layerwise"
-    latent_size: int = Field(32, gt=0)
+    latent_size: int = Field(8, gt=0)
     latent_layers: tuple[int, int] | None = None  # first and last, both included; None: all
     encoder: Literal["shared", "separate"] = "shared"  # the encoder's weights
     fusion: Literal["low_rank", "paper", "add", "embed", "memory", "softmax", "embed+memory"] = (
@@ -61,9 +61,9 @@ class BetaSpec(Spec):
       ramp of `ramp`, then `value`.
     """
 
-    kind: Literal["constant", "linear", "cyclical", "logistic"] = "linear"
+    kind: Literal["constant", "linear", "cyclical", "logistic"] = "constant"
     value: float = Field(1.0, ge=0)
-    delay: float = Field(0.2, ge=0, le=1)
+    delay: float = Field(0.0, ge=0, le=1)
     warmup: float = Field(0.4, ge=0, le=1)
     period: float = Field(0.1, gt=0, le=1)
     low: float = Field(0.5, ge=0, le=1)
@@ -124,9 +124,9 @@ class OptimizationSpec(Spec):
     lora: LoraSpec = LoraSpec()
     beta: BetaSpec = BetaSpec()
     # Nats of KL that cost nothing, of each document: of every layer, every dimension, or the sum;
-    # or of its average over the documents of a global batch.
-    free_bits: float = Field(0.0, ge=0)
-    free_bits_per: Literal["batch", "document", "layer", "dimension"] = "layer"
+    # or of its average over the documents of a global batch. Why these: docs/model.md.
+    free_bits: float = Field(5.0, ge=0)
+    free_bits_per: Literal["batch", "document", "layer", "dimension"] = "batch"
     # The latents whose KL the loss charges, counted from 0, or from the last by −1; None: all.
     kl_layers: tuple[int, ...] | None = None
     bag_of_words: float = Field(0.0, ge=0)  # weight of predicting a document's tokens from z alone

@@ -98,6 +98,8 @@ def train_spec(**values: Any) -> TrainSpec:
             "eval_every": 3,
             "log_every": 1,
             "beta": {"kind": "linear", "delay": 0.0, "warmup": 0.5},
+            "free_bits": 0.0,
+            "free_bits_per": "layer",
         },
         "deepspeed": {"zero_stage": 2},
         "cluster": {"num_cpus": 2},
