@@ -259,7 +259,7 @@ def collapse(figures: Mapping[str, Any]) -> str | None:
         return (
             f"The latents are collapsed: they cost {figures['kl']:.3g} nats a document, but no "
             f"dimension's posterior mean varies with the document by more than {lowest}, so they "
-            "tell nothing about it. Free bits that a batch shares (train.free_bits) can help."
+            "tell nothing about it. Free bits (train.free_bits) can help."
         )
     return None
 

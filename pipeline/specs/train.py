@@ -126,7 +126,7 @@ class OptimizationSpec(Spec):
     # Nats of KL that cost nothing, of each document: of every layer, every dimension, or the sum;
     # or of its average over the documents of a global batch. Why these: docs/model.md.
     free_bits: float = Field(5.0, ge=0)
-    free_bits_per: Literal["batch", "document", "layer", "dimension"] = "batch"
+    free_bits_per: Literal["batch", "document", "layer", "dimension"] = "document"
     # The latents whose KL the loss charges, counted from 0, or from the last by −1; None: all.
     kl_layers: tuple[int, ...] | None = None
     bag_of_words: float = Field(0.0, ge=0)  # weight of predicting a document's tokens from z alone
