@@ -35,8 +35,8 @@ class Objective(nn.Module):
             of each layer, or the whole document, whose layers share them as they like; below them
             the KL has no gradient. The reported KL is always the true one.
         free_bits_per: "document", "layer" or "dimension"; or "batch": the documents of a global
-            batch have that many each on average, and share them (Kingma et al. 2016, arXiv
-            1606.04934, appendix C.8, have them of a minibatch too).
+            batch have that many each on average, and share them (as the minibatch does in
+            Kingma et al. 2016, arXiv 1606.04934).
         kl_layers: the latents whose KL is charged, counted from 0, or from the last by −1; None
             for all. One that is not charged is free to tell all it can.
         bag_of_words: w, the weight of `BagOfWords`, whose weights are the objective's own and no
