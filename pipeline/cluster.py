@@ -81,15 +81,14 @@ def is_local_ray() -> bool:
     return bool(os.environ.get(LOCAL_RAY)) or _started_here.is_set()
 
 
-def require_cpus(workers: int, cpus_per_worker: int, others: int, what: str) -> None:
-    """Check that workers and the tasks beside them fit the cluster together.
+def require_cpus(workers: int, cpus_per_worker: int, what: str) -> None:
+    """Check that workers fit the cluster together.
 
     Too few CPUs would not fail: the run would wait for ever.
 
     Args:
         workers: processes that hold `cpus_per_worker` each for the whole run.
         cpus_per_worker: CPUs of one worker.
-        others: CPUs that tasks beside the workers need at the same time.
         what: the key that sets the number of workers, for the sentence.
 
     Raises:
@@ -98,13 +97,12 @@ def require_cpus(workers: int, cpus_per_worker: int, others: int, what: str) -> 
     import ray
 
     total = int(ray.cluster_resources().get("CPU", 0))
-    needed = workers * cpus_per_worker + others
+    needed = workers * cpus_per_worker
     if needed > total:
-        beside = f" and {others} for tasks beside them" if others else ""
         raise UserError(
-            f"{what}={workers} needs {needed} CPUs ({workers} x {cpus_per_worker}{beside}), but "
+            f"{what}={workers} needs {needed} CPUs ({workers} x {cpus_per_worker}), but "
             f"the cluster has {total}: it would wait for ever; set {what} to at most "
-            f"{max((total - others) // cpus_per_worker, 0)}, or add nodes."
+            f"{total // cpus_per_worker}, or add nodes."
         )
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pipeline.chain.job_spec import JobStage
 from pipeline.cluster import num_gpus, require_cpus, wants_gpu
 from pipeline.specs import EvaluateSpec, PreprocessSpec, Spec, TrainSpec, TuneSpec
-from pipeline.specs.tune import DRIVER_CPUS
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,12 @@ def share_of(stage: JobStage, spec: Spec, cluster: Share) -> Share:
 
 def _from_spec(spec: Spec, cluster: Share) -> Share:
     if isinstance(spec, TrainSpec):
-        return _training(spec, 0, "train.num_workers")
+        return _training(spec)
     if isinstance(spec, TuneSpec):
-        trial = _training(spec.trial, 1, "train.num_workers")
+        trial = _training(spec.trial)
         if spec.max_concurrent is None:  # as many trials as there is room for
             return cluster
-        driven = trial.cpus + DRIVER_CPUS
-        return Share(spec.max_concurrent * driven, spec.max_concurrent * trial.gpus)
+        return Share(spec.max_concurrent * trial.cpus, spec.max_concurrent * trial.gpus)
     if isinstance(spec, EvaluateSpec):
         workers = spec.evaluate.num_workers
         if workers is None:  # it takes what is free
@@ -66,9 +64,9 @@ def _from_spec(spec: Spec, cluster: Share) -> Share:
     return Share(1.0 if isinstance(spec, PreprocessSpec) else 0.0)
 
 
-def _training(spec: TrainSpec, others: int, what: str) -> Share:
-    train = spec.train
-    require_cpus(train.min_workers, train.cpus_per_worker, others, what)
+def _training(spec: TrainSpec) -> Share:
+    train, what = spec.train, "train.num_workers"
+    require_cpus(train.min_workers, train.cpus_per_worker, what)
     gpu = wants_gpu(train.use_gpu, train.min_workers, what)
     return Share(train.max_workers * train.cpus_per_worker, train.max_workers if gpu else 0)
 

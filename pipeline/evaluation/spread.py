@@ -46,7 +46,7 @@ def plan_workers(settings: EvaluationSpec, num_blocks: int) -> Workers:
         count = settings.num_workers or num_gpus()
         return Workers(min(count, blocks), 1, gpu=True)
     if settings.num_workers is not None:
-        require_cpus(settings.num_workers, 1, 0, _KEY)
+        require_cpus(settings.num_workers, 1, _KEY)
     # What others hold now may stay held: an actor that waits for it would wait for ever.
     free = max(1, int(ray.available_resources().get("CPU", 0)))
     count = min(settings.num_workers or free, blocks)

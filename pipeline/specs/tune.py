@@ -13,7 +13,9 @@ from pipeline.specs.train import TrainSpec
 Mode = Literal["min", "max"]
 
 
-DRIVER_CPUS = 0.1  # of a trial's driver, which waits for its workers
+# Of a trial's driver, bytes. It waits for its workers, so it takes no CPU: a tenth of one would
+# keep a second trial off a machine of two cores.
+DRIVER_MEMORY = 512 * 2**20
 TRIAL_EPOCHS = 1  # of a trial whose length nobody gives
 
 

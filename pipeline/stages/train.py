@@ -54,7 +54,7 @@ def run_train(spec: TrainSpec, inputs: dict[str, Location], output: Location) ->
     with connected(spec.cluster):
         require_shared_storage(output)
         train = spec.train
-        require_cpus(train.min_workers, train.cpus_per_worker, 0, "train.num_workers")
+        require_cpus(train.min_workers, train.cpus_per_worker, "train.num_workers")
         check_inputs(spec, dataset)
         claim_run(spec, dataset, output)
         if "valid" not in Dataset.open(dataset).split_names:

@@ -13,7 +13,7 @@ from pipeline.cluster import connected, num_gpus, require_cpus, require_shared_s
 from pipeline.errors import UserError
 from pipeline.progress import Progress
 from pipeline.specs import TrainSpec, TuneSpec
-from pipeline.specs.tune import DRIVER_CPUS
+from pipeline.specs.tune import DRIVER_MEMORY
 from pipeline.stages import train as train_stage
 from pipeline.storage import Location
 from pipeline.training.export import copy_weights
@@ -45,7 +45,7 @@ def run_tune(spec: TuneSpec, inputs: dict[str, Location], output: Location) -> d
     with connected(spec.cluster):
         require_shared_storage(output)
         workers = spec.trial.train.max_workers
-        require_cpus(workers, spec.trial.train.cpus_per_worker, 1, "train.num_workers")
+        require_cpus(workers, spec.trial.train.cpus_per_worker, "train.num_workers")
         train_stage.check_inputs(spec.trial, inputs["dataset"])
         concurrent = min(spec.max_concurrent or room_for_trials(spec.trial), spec.num_trials)
         results = _search(spec, inputs["dataset"], output, concurrent)
@@ -58,7 +58,7 @@ def room_for_trials(trial: TrainSpec) -> int:
     import ray
 
     total = float(ray.cluster_resources().get("CPU", 0))
-    each = trial.train.max_workers * trial.train.cpus_per_worker + DRIVER_CPUS
+    each = trial.train.max_workers * trial.train.cpus_per_worker
     by_cpu = math.floor(total / each)
     if trial.train.use_gpu is False or num_gpus() == 0:
         return max(by_cpu, 1)
@@ -75,8 +75,7 @@ def _search(spec: TuneSpec, dataset: Location, output: Location, concurrent: int
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # its tables come even with verbose=0
     if spec_needs_evaluation(spec):  # its figures come with a trial's last report alone
         os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
-    # A driver waits for its workers: it takes no GPU.
-    trial = tune.with_resources(trainable(spec, dataset, output), {"CPU": DRIVER_CPUS})
+    trial = tune.with_resources(trainable(spec, dataset, output), {"memory": DRIVER_MEMORY})
     folder = output / "search"
     console = Console()
     console.print(

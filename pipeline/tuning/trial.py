@@ -1,7 +1,7 @@
 """One trial: a whole training run, and where it is asked for, an evaluation of its weights.
 
 A trial is a function that Ray Tune calls in an actor of its own. It builds a `TorchTrainer` and
-waits for it, so a trial may have many workers and GPUs while its driver takes a fraction of a CPU
+waits for it, so a trial may have many workers and GPUs while its driver takes no CPU
 (Ray's "Tune over Train").
 """
 
