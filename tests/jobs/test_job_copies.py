@@ -159,7 +159,7 @@ def test_study_takes_what_a_search_found_over_its_tables(study, tmp_path):
     stages = {stage.name: stage for stage in study(*few).stages}
     aided = stages["aided_model-della-free_bits-0"].trial.spec_with(Location.parse(tmp_path))
     assert (aided.train.learning_rate, aided.train.free_bits) == (0.0042, 4.5)
-    assert (aided.train.free_bits_per, aided.train.max_steps) == ("document", 1400)
+    assert (aided.train.free_bits_per, aided.train.max_steps) == ("document", 1000)
     (given,) = study(*few, "aided_model.train.learning_rate=0.001").named(
         "aided_model-della-free_bits-0"
     )
