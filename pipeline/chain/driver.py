@@ -114,11 +114,13 @@ class Chain:
         self._cluster, self._gcs_address, self._say = cluster, gcs_address, say
         self._waiting = selection.chosen(job)
         self._running: list[Attempt] = []
-        self._plans = dict(self._planned())
+        self._plan()
         self.outcome = Outcome()
 
-    def _planned(self) -> list[tuple[str, Planned | Undetermined]]:
-        return [(stage.name, found) for stage, found in self._job.plan(self._storage)]
+    def _plan(self) -> None:
+        planned = self._job.plan(self._storage)
+        self._plans: dict[str, Planned | Undetermined] = {s.name: found for s, found in planned}
+        self._shares: dict[str, Share] = {}  # each asks the cluster: not at every tick
 
     def run(self) -> Outcome:
         """Run what is not done yet; a stage that fails holds up those that need it, no others.
@@ -155,9 +157,11 @@ class Chain:
                     )
 
     def _share(self, stage: JobStage) -> Share:
-        found = self._plans[stage.name]
-        spec = found.spec if isinstance(found, Planned) else stage.spec
-        return share_of(stage, spec, self._cluster)
+        if stage.name not in self._shares:
+            found = self._plans[stage.name]
+            spec = found.spec if isinstance(found, Planned) else stage.spec
+            self._shares[stage.name] = share_of(stage, spec, self._cluster)
+        return self._shares[stage.name]
 
     def _settle(self) -> None:
         """Take off the waiting those that are done, and those that can no longer run."""
@@ -243,7 +247,7 @@ class Chain:
         artifact = Artifact.find(attempt.planned.output)
         if artifact is not None and artifact.status == "done":
             self._close(attempt)
-            self._plans = dict(self._planned())  # a search that is done settles others' specs
+            self._plan()  # a search that is done settles others' specs
             self._say(None, f"{attempt.stage.name}: done in {duration(artifact.took_s or 0)}")
             self._end(attempt.stage, "done")
         elif code == _INTERRUPTED:
