@@ -65,9 +65,9 @@ def _from_spec(spec: Spec, cluster: Share) -> Share:
 
 
 def _training(spec: TrainSpec) -> Share:
-    train, what = spec.train, "train.num_workers"
-    require_cpus(train.min_workers, train.cpus_per_worker, what)
-    gpu = wants_gpu(train.use_gpu, train.min_workers, what)
+    train, key = spec.train, "train.num_workers"
+    require_cpus(train.min_workers, train.cpus_per_worker, key)
+    gpu = wants_gpu(train.use_gpu, train.min_workers, key)
     return Share(train.max_workers * train.cpus_per_worker, train.max_workers if gpu else 0)
 
 
