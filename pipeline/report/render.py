@@ -143,9 +143,10 @@ def moment(text: str) -> str:
 
 
 def escaped_markdown(value: Any) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    text = re.sub(r"([\\`*_{}\[\]<>()#+\-.!|~&])", r"\\\1", plain(value))
-    return re.sub(r"\s+", " ", text)
+    """Text that Markdown shows as it is, on one line; escaped no more than it must be."""
+    text = re.sub(r"\s+", " ", plain(value))
+    text = re.sub(r"[\\`*\[\]<>|~&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+    return re.sub(r"^( ?\d*)([#+=.)-])(?=[#=-]*(?: |$))", r"\1\\\2", text)  # lists, headings, rules
 
 
 def _training_panels(page: dict[str, Any]) -> Iterator[dict[str, Any]]:

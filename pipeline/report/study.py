@@ -151,21 +151,27 @@ def _difference(
 ) -> dict[str, Any] | None:
     """IW-NLL less the first system's, over the same documents, each document a mean over seeds.
 
-    The error is that of the documents alone: whether another seed would say the same, the spread
-    tells.
+    The error is that of the documents alone. The spread is the standard deviation of the
+    difference over seeds, each system's seeds drawn on their own; what is larger is so than both
+    errors together, of the documents and of the mean over seeds.
     """
     if any(table.names != theirs[0].names for table in (*ours, *theirs)):
         return None
-    mine, base = (np.mean([t.columns["iw_nll"] for t in each], axis=0) for each in (ours, theirs))
+    systems = [np.stack([table.columns["iw_nll"] for table in each]) for each in (ours, theirs)]
+    mine, base = (seeds.mean(0) for seeds in systems)
     deviations = mine - base
     value = float(deviations.mean())
     count = len(deviations)
     error = float(deviations.std(ddof=1)) / math.sqrt(count) if count > 1 else None
+    variances = [(s.mean(1).var(ddof=1), len(s)) if len(s) > 1 else (0.0, 1) for s in systems]
+    of_seeds = math.sqrt(sum(variance / seeds for variance, seeds in variances))
+    several = all(len(seeds) > 1 for seeds in systems)
     return {
         "value": value,
         "error": error,
+        "spread": math.sqrt(sum(variance for variance, _ in variances)) if several else None,
         "percent": 100 * value / float(base.mean()),
-        "larger": None if error is None else abs(value) > LARGER_THAN * error,
+        "larger": None if error is None else abs(value) > LARGER_THAN * math.hypot(error, of_seeds),
     }
 
 

@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import json
 import re
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 from pipeline.artifact import Artifact
 from pipeline.errors import UserError
 from pipeline.report.page import MAX_POINTS, thin
 from pipeline.report.plots import curve_panel, layer_color, layers_panel
+from pipeline.report.render import escaped_markdown
 from pipeline.specs import ReportSpec
 from pipeline.stages.report import run_report
 from pipeline.storage import Location
@@ -266,7 +269,25 @@ def test_forms_have_the_same_content(made: Any) -> None:
     assert "<script>" not in markdown
     assert "\\<script\\>" in markdown
     assert "| 1 | 0.50 | 0.10 | 1 | 0 |" in markdown
-    assert "invalid UTF\\-8: 3" in markdown
+    assert "invalid UTF-8: 3" in markdown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "della, none", "train.free_bits_per", "__init__ _a_ b_", "a*b* **c**", "-0.5", "- a", "+ b",
+        "12. c", "3) d", "# e", "---", "===", "`f` \\`", "[g](h) ![i](j)", "<UNK> &amp; & ~~k~~",
+        " l  m",
+    ],
+)  # fmt: skip
+def test_markdown_shows_any_text_as_it_is(text: str) -> None:
+    """Read by an independent reader of Markdown: on a line of its own, and in a table's cell."""
+    reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    shown = " ".join(text.split())
+    paragraph = unescape(re.sub(r"<[^>]+>", "", reader.render(escaped_markdown(text))))
+    assert paragraph.strip() == shown
+    table = reader.render(f"| a |\n| --- |\n| {escaped_markdown(text)}|b |\n")
+    assert f"<td>{escape(shown)}</td>" in table.replace("&#39;", "&#x27;")
 
 
 def test_page_can_be_light_and_dark(made: Any, tmp_path: Path) -> None:
@@ -353,7 +374,7 @@ def test_whole_evaluation_is_shown(tmp_path: Path) -> None:
         assert shown in texts
     assert "layer 0, dimension 1: 0.3" in texts  # what a cell of the heat map tells
     assert texts.count(TRICKY) == 3 + 1 + 7
-    for row in ("| 1,000 | 38.00 | 0.50 | 2.000 | 0.010 |", "| Self\\-BLEU | 30.25 | 30.25 |"):
+    for row in ("| 1,000 | 38.00 | 0.50 | 2.000 | 0.010 |", "| Self-BLEU | 30.25 | 30.25 |"):
         assert row in markdown
     assert "| all | 0.250 | 0.020 | 0.5 |" in markdown
     assert content["projection"]["shares"] == [0.6, 0.2]
@@ -370,7 +391,7 @@ def test_answers_are_shown_in_every_form(tmp_path: Path) -> None:
     texts = " ".join(" ".join(page.texts).split())
     assert "2 texts for each of 5 sources" in texts
     for part in ("## For sources", "2 texts for each of 5 sources", "12.5", "1. an answer",
-                 "2. \\(empty\\)", "60.0% and 20.0% of their variance"):  # fmt: skip
+                 "2. (empty)", "60.0% and 20.0% of their variance"):  # fmt: skip
         assert part in markdown
     assert content["answers"] == answers
 

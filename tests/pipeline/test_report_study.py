@@ -78,9 +78,25 @@ def test_study_differences_are_of_documents_and_of_means_over_seeds(tmp_path: Pa
     assert found["percent"] == pytest.approx(
         200 * deviations.mean() / (columns[0] + columns[1]).mean()
     )
+    means = [column.mean() for column in columns]
+    spread = np.hypot(np.std(means[:2], ddof=1), np.std(means[2:], ddof=1))
+    assert found["spread"] == pytest.approx(spread)
+    of_both = np.hypot(found["error"], spread / 2**0.5)
+    assert abs(found["value"]) > 2 * of_both
     assert found["larger"]
     assert page["systems"][0]["difference"] is None
+    assert page["systems"][2]["difference"]["spread"] is None  # one seed
     assert page["same_documents"]
+
+
+def test_study_difference_that_seeds_disagree_on_is_not_larger_than_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "SHIFTS", (0.0, 0.2, -3.0, 1.8, 3.0))
+    _, page = study(tmp_path)
+    found = page["systems"][1]["difference"]
+    assert abs(found["value"]) > 2 * found["error"]  # of documents alone it would be
+    assert not found["larger"]
 
 
 def test_study_front_is_what_no_other_system_beats_in_both(tmp_path: Path) -> None:
