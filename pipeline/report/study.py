@@ -163,13 +163,15 @@ def _difference(
     value = float(deviations.mean())
     count = len(deviations)
     error = float(deviations.std(ddof=1)) / math.sqrt(count) if count > 1 else None
-    variances = [(s.mean(1).var(ddof=1), len(s)) if len(s) > 1 else (0.0, 1) for s in systems]
-    of_seeds = math.sqrt(sum(variance / seeds for variance, seeds in variances))
+    spreads = [statistics.stdev(seeds.mean(1)) if len(seeds) > 1 else 0.0 for seeds in systems]
+    of_seeds = math.hypot(
+        *(spread / math.sqrt(len(seeds)) for spread, seeds in zip(spreads, systems, strict=True))
+    )
     several = all(len(seeds) > 1 for seeds in systems)
     return {
         "value": value,
         "error": error,
-        "spread": math.sqrt(sum(variance for variance, _ in variances)) if several else None,
+        "spread": math.hypot(*spreads) if several else None,
         "percent": 100 * value / float(base.mean()),
         "larger": None if error is None else abs(value) > LARGER_THAN * math.hypot(error, of_seeds),
     }

@@ -287,7 +287,7 @@ def test_markdown_shows_any_text_as_it_is(text: str) -> None:
     paragraph = unescape(re.sub(r"<[^>]+>", "", reader.render(escaped_markdown(text))))
     assert paragraph.strip() == shown
     table = reader.render(f"| a |\n| --- |\n| {escaped_markdown(text)}|b |\n")
-    assert f"<td>{escape(shown)}</td>" in table.replace("&#39;", "&#x27;")
+    assert f"<td>{escape(shown)}</td>" in table
 
 
 def test_page_can_be_light_and_dark(made: Any, tmp_path: Path) -> None:

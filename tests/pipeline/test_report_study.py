@@ -25,9 +25,9 @@ SHIFTS = (0.0, 0.2, -0.5, -0.7, 3.0)
 INFORMATION = (None, None, 5.0, 6.0, 4.0)
 
 
-def write_system(folder: Path, index: int, **differing: Any) -> Location:
+def write_system(folder: Path, index: int, shift: float, **differing: Any) -> Location:
     """An evaluation of the weights of a training of its own."""
-    evaluation = Artifact.load(write_evaluation(folder, index, SHIFTS[index]))
+    evaluation = Artifact.load(write_evaluation(folder, index, shift))
     model = {"latents": "none" if INFORMATION[index] is None else "layerwise"}
     training = Artifact(
         Location.parse(folder / "train" / str(index)), "train", f"{index + 50:064x}",
@@ -39,8 +39,10 @@ def write_system(folder: Path, index: int, **differing: Any) -> Location:
     return evaluation.folder
 
 
-def study(folder: Path, names: tuple[str, ...] = NAMES) -> tuple[Any, dict[str, Any]]:
-    inputs = {f"runs.{i}": write_system(folder, i) for i in range(len(NAMES))}
+def study(
+    folder: Path, names: tuple[str, ...] = NAMES, shifts: tuple[float, ...] = SHIFTS
+) -> tuple[Any, dict[str, Any]]:
+    inputs = {f"runs.{i}": write_system(folder, i, shift) for i, shift in enumerate(shifts)}
     figures = run_report(ReportSpec(names=names), inputs, Location.parse(folder / "out"))
     return figures, json.loads((folder / "out" / "report.json").read_text())
 
@@ -90,10 +92,9 @@ def test_study_differences_are_of_documents_and_of_means_over_seeds(tmp_path: Pa
 
 
 def test_study_difference_that_seeds_disagree_on_is_not_larger_than_its_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setitem(globals(), "SHIFTS", (0.0, 0.2, -3.0, 1.8, 3.0))
-    _, page = study(tmp_path)
+    _, page = study(tmp_path, shifts=(0.0, 0.2, -3.0, 1.8, 3.0))
     found = page["systems"][1]["difference"]
     assert abs(found["value"]) > 2 * found["error"]  # of documents alone it would be
     assert not found["larger"]
