@@ -11,6 +11,8 @@ import psutil
 import pytest
 import yaml
 
+from tests.guards import HANG_S
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -30,7 +32,7 @@ def run(*command, cwd):
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
+        timeout=HANG_S,
     )
 
 
@@ -118,7 +120,7 @@ def test_chain_killed_at_every_stage_goes_on(tmp_path):
         psutil.wait_procs([psutil.Process(child)] if psutil.pid_exists(child) else [], timeout=40)
         assert not psutil.pid_exists(child)
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=HANG_S
     )
     artifact_of(done)
     rows = [*(tmp_path / "runs" / "train").glob("*/metrics.jsonl")]
@@ -143,7 +145,7 @@ def test_chain_cancelled_from_elsewhere_stops_and_goes_on(tmp_path):
         def action(name):
             return subprocess.run(
                 [*command, f"action={name}"],
-                cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200,
+                cwd=tmp_path, capture_output=True, text=True, check=False, timeout=HANG_S,
             ).stdout  # fmt: skip
 
         try:
@@ -229,7 +231,7 @@ def test_train_with_too_short_a_context_is_refused(chain, tmp_path):
     assert "set model.context=" in done.stderr
 
 
-def test_tune_finds_a_best_trial_that_train_takes(chain, tmp_path):
+def test_tune_by_its_own_command_finds_the_best_trial(chain, tmp_path):
     dataset = stage_folder(chain, "preprocess")
     settings = [
         f"dataset={dataset}", "storage=runs", "train.max_steps=4", "train.eval_every=2",
@@ -237,15 +239,14 @@ def test_tune_finds_a_best_trial_that_train_takes(chain, tmp_path):
     ]  # fmt: skip
     search = artifact_of(run("tune", *settings, "num_trials=2", cwd=tmp_path))
     record = json.loads((search / "artifact.json").read_text())
-    best = yaml.safe_load((search / "best.yaml").read_text())
     trials = json.loads((search / "trials.json").read_text())
     assert len(trials) == record["figures"]["num_trials"] == 2
     assert all(trial["error"] is None for trial in trials)
     values = [trial["values"]["valid_negative_elbo"] for trial in trials]
     assert record["figures"]["best_value"] == min(values)
-    trained = artifact_of(run("train", *settings, f"from_trial={search}", cwd=tmp_path))
-    spec = json.loads((trained / "artifact.json").read_text())["spec"]
-    assert spec["train"]["learning_rate"] == pytest.approx(best["train.learning_rate"])
+    best = yaml.safe_load((search / "best.yaml").read_text())
+    first = trials[values.index(min(values))]
+    assert best["train.learning_rate"] == first["settings"]["train.learning_rate"]
 
 
 def test_tune_on_an_unknown_key_is_refused_before_anything_starts(chain, tmp_path):

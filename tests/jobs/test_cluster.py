@@ -17,6 +17,7 @@ from pipeline.artifact import Artifact
 from pipeline.chain.stage_log import read_log
 from pipeline.lease import holder_of
 from pipeline.storage import Location
+from tests.guards import HANG_S
 from tests.jobs.s3_server import s3_server
 
 pytestmark = pytest.mark.slow
@@ -81,7 +82,7 @@ def submit(cluster, *command):
             capture_output=True,
             text=True,
             check=False,
-            timeout=500,
+            timeout=HANG_S,
         )
         if "No available agent" not in done.stderr:
             break
@@ -151,6 +152,6 @@ def test_client_without_the_token_is_turned_away(cluster, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=HANG_S,
     )
     assert done.returncode != 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.guards import HANG_S
 from tests.jobs.test_chain import ROOT, artifact_of, write_corpus
 
 pytestmark = pytest.mark.slow
@@ -28,8 +29,8 @@ stages:
     search.objectives: {evaluated_iw_nll: min, evaluated_mutual_information: max}
     search.evaluate_documents: 16
     search.evaluate_iw_samples: 2
-    search.space: {train.learning_rate: {choice: [0.003, 1.0e+20, 0.001, 0.0001]}}
-    num_trials: 4
+    search.space: {train.learning_rate: {choice: [0.003, 1.0e+20, 0.0001]}}
+    num_trials: 3
     model: tiny
     model.context: 64
     train.max_steps: 6
@@ -62,7 +63,7 @@ def searched(tmp_path_factory):
     ]  # fmt: skip
     driver = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
     summaries = folder / "runs" / "tune"
-    until = time.monotonic() + 200
+    until = time.monotonic() + HANG_S
     while not (
         ended := {f: f.stat().st_mtime_ns for f in summaries.glob("*/trials/*/summary.json")}
     ):
@@ -73,7 +74,7 @@ def searched(tmp_path_factory):
     driver.stdout.close()
     kept = {file: file.stat().st_mtime_ns for file in ended}
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False, timeout=400
+        command, cwd=folder, capture_output=True, text=True, check=False, timeout=HANG_S
     )
     return folder, done, kept
 
@@ -88,8 +89,8 @@ def test_search_killed_and_restored_keeps_its_finished_trials(searched):
     artifact_of(done)
     assert all(file.stat().st_mtime_ns == when for file, when in ended.items())
     trials = json.loads((search_folder(searched) / "trials.json").read_text())
-    assert len(trials) == 4
-    assert len({trial["settings"]["train.learning_rate"] for trial in trials}) == 4
+    assert len(trials) == 3
+    assert len({trial["settings"]["train.learning_rate"] for trial in trials}) == 3
 
 
 def test_search_records_a_failing_trial_with_its_reason_and_goes_on(searched):
@@ -150,5 +151,5 @@ def test_search_page_is_one_file_with_every_panel(searched):
 
 def test_search_lines_show_how_many_trials_run_at_once(searched):
     log = next(search_folder(searched).glob("log.txt")).read_text()
-    assert "4 trials, 1 at once, each with 2 workers" in log
+    assert "3 trials, 1 at once, each with 2 workers" in log
     assert Path(search_folder(searched) / "spent.json").is_file()

@@ -26,6 +26,7 @@ from pipeline.shards import MANIFEST, Dataset
 from pipeline.specs import PreprocessSpec
 from pipeline.stages.preprocess import run_preprocess
 from pipeline.storage import Location
+from tests.guards import HANG_S
 from tests.pipeline.preprocess_data import make_lines, make_spec, tree, write_dataset, write_lines
 
 pytestmark = pytest.mark.slow
@@ -71,7 +72,7 @@ def test_preprocess_one_cpu_and_four_write_the_same(tmp_path: Path, ray_local: N
     spec = make_spec({"train": write_lines(tmp_path / "a.txt", make_lines(600))})
     driver = _drive(spec, tmp_path / "one", num_cpus=1)
     _run(spec, tmp_path / "four")
-    assert driver.wait(timeout=120) == 0
+    assert driver.wait(timeout=HANG_S) == 0
     assert tree(tmp_path / "one") == tree(tmp_path / "four")
 
 
@@ -98,7 +99,7 @@ def test_preprocess_driver_killed_leaves_no_half_dataset_and_goes_on(
     folder = tmp_path / "killed"
     driver = _drive(spec, folder, num_cpus=1)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG_S
         while len(list((folder / "units").glob("0*.json"))) < 5:
             assert driver.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < deadline

@@ -14,6 +14,7 @@ import pytest
 from pipeline.artifact import Artifact
 from pipeline.shards import Dataset
 from pipeline.storage import Location
+from tests.guards import HANG_S
 from tests.pipeline.kill_preprocess import POINTS
 from tests.pipeline.preprocess_data import make_lines, tree, write_lines
 
@@ -122,7 +123,7 @@ def test_preprocess_worker_killed_is_replaced_and_the_shards_are_the_same(
         workers = [pid for pid, name in below(driver.pid).items() if "UnitWriter" in name]
         assert workers
         os.kill(workers[0], signal.SIGKILL)
-        output, _ = driver.communicate(timeout=300)
+        output, _ = driver.communicate(timeout=HANG_S)
     finally:
         driver.kill()
     assert driver.returncode == 0, output.decode()

@@ -25,6 +25,7 @@ from pipeline.specs import TrainSpec
 from pipeline.storage import Location
 from pipeline.training.metrics import read_rows
 from pipeline.training.store import CHECKPOINTS, CheckpointStore
+from tests.guards import HANG_S
 from tests.jobs.s3_server import s3_server
 from tests.pipeline.train_data import small_dataset, train_spec
 from tests.pipeline.train_runs import (
@@ -98,7 +99,7 @@ def test_driver_told_to_stop_leaves_a_checkpoint_of_its_last_step(
         await_(lambda: has_step(output, 10), process)  # the first validation; no checkpoint yet
         assert checkpoints(output).steps() == []
         process.send_signal(signal.SIGTERM)
-        text, _ = process.communicate(timeout=300)
+        text, _ = process.communicate(timeout=HANG_S)
     assert process.returncode != 0
     (step,) = checkpoints(output).whole_steps()
     assert f"interrupted at step {step} (stopped); the last good checkpoint is" in text
@@ -302,7 +303,7 @@ def test_two_drivers_on_one_run_train_once(dataset: Dataset, tmp_path: Path) -> 
         )
         for _ in range(2)
     ]
-    texts = [process.communicate(timeout=500)[0] for process in both]
+    texts = [process.communicate(timeout=HANG_S)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert len({text.strip().splitlines()[-1] for text in texts}) == 1
     assert sum("waiting for its result" in text for text in texts) == 1

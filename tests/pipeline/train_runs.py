@@ -21,6 +21,7 @@ from pipeline.stages.train import run_train
 from pipeline.storage import Location
 from pipeline.training.metrics import read_rows
 from pipeline.training.store import CheckpointStore, Manifest, StoredFile
+from tests.guards import HANG_S
 from tests.pipeline.train_data import train_spec
 
 DRIVER = Path(__file__).with_name("drive_training.py")
@@ -61,7 +62,7 @@ def await_(
     every_s: float = 0.05,
 ) -> None:
     """Wait until a condition holds, while the process that is to bring it about lives."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + HANG_S
     while time.monotonic() < deadline:
         if condition():
             return
