@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,18 @@ def test_override_values_survive_hydra(tmp_path):
     assert config["storage"] == value["text"]
     assert config["model"]["latent_layers"] == [0, 1]
     assert override_value(value["list"]) == "[1,2.5,true,null]"
+
+
+def test_train_from_trial_takes_the_searchs_settings_and_the_command_lines_win(
+    tmp_path, monkeypatch
+):
+    best = {"train.learning_rate": 0.002, "train.max_steps": 4}
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump(best))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the script changes it
+    with_trial = runpy.run_path(str(ROOT / "jobs" / "train.py"))["with_trial"]
+    given = ["dataset=x", f"from_trial={tmp_path}", "train.max_steps=8"]
+    train = compose("train", with_trial(given))["train"]
+    assert (train["learning_rate"], train["max_steps"]) == (0.002, 8)
 
 
 def test_from_trial_without_a_file_says_what_was_expected(tmp_path):
