@@ -123,7 +123,7 @@ def run_job(
 ) -> None:
     """Compose `conf/<config_name>.yaml` with the command line, call `body`, and exit.
 
-    Flags (`--help`, `--cfg job`, `-m`) are hydra's own and go to it.
+    Flags (`--help`, `--cfg job`, `-m`) are hydra's own and go to it, with the same overrides.
 
     Args:
         config_name: the primary config.
@@ -132,14 +132,32 @@ def run_job(
     """
     arguments = sys.argv[1:]
     if any(argument.startswith("-") for argument in arguments):
-
-        @hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)
-        def through_hydra(config: DictConfig) -> None:
-            guarded(lambda: body(plain(config)))
-
-        through_hydra()
+        guarded(lambda: _run_by_hydra(config_name, body, expand, arguments))
         return
     guarded(lambda: body(compose(config_name, expand(arguments))))
+
+
+def _run_by_hydra(
+    config_name: str,
+    body: Callable[[Config], None],
+    expand: Callable[[list[str]], list[str]],
+    arguments: list[str],
+) -> None:
+    flags = [argument for argument in arguments if not _is_override(argument)]
+    overrides = [argument for argument in arguments if _is_override(argument)]
+    sys.argv[1:] = [*flags, *_opened(expand(overrides))]
+
+    @hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)
+    def through_hydra(config: DictConfig) -> None:
+        sys.argv[1:] = arguments  # for a body that reads what the user gave
+        guarded(lambda: body(plain(config)))
+
+    through_hydra()
+
+
+def _is_override(argument: str) -> bool:
+    """Whether an argument is an override, and neither a flag nor the value of one (`--cfg job`)."""
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
 def guarded(body: Callable[[], None]) -> None:

@@ -199,6 +199,46 @@ def test_job_help_is_hydras_own(tmp_path):
     assert CONF.is_dir()
 
 
+def test_a_flag_shows_the_settings_of_a_trial_too(tmp_path):
+    trial = tmp_path / "best.yaml"
+    trial.write_text("train.learning_rate: 0.002\nmodel.latent_size: 5\n")
+    done = subprocess.run(
+        [
+            sys.executable, ROOT / "jobs" / "train.py", "--cfg", "job", "dataset=x",
+            f"from_trial={trial}", "model.latent_size=6",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    shown = yaml.safe_load(done.stdout)
+    assert (shown["train"]["learning_rate"], shown["model"]["latent_size"]) == (0.002, 6)
+
+
+def test_a_flag_shows_a_job_of_ones_own_with_its_settings(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "name: mine\ncorpus: coco\nstages: {model: {run: train, dataset: x}}\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable, ROOT / "jobs" / "run.py", "--cfg", "job", "job=mine.yaml",
+            "corpus=snli", "model.train.max_steps=3",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    shown = yaml.safe_load(done.stdout)["job"]
+    assert (shown["corpus"], shown["overrides"]) == ("snli", ["model.train.max_steps=3"])
+
+
+def test_a_flag_beside_a_wrong_trial_is_a_user_error(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "jobs" / "train.py", "--cfg", "job", "from_trial=nowhere"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
 def test_job_multirun_runs_every_point_of_a_grid(tmp_path):
     run = finished_run(tmp_path / "run")
     done = subprocess.run(
