@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Literal
@@ -235,12 +237,15 @@ def run_stage(planned: Planned, label: Label = Label(), force: bool = False) -> 
 
         return interrupt
 
-    with held(
-        planned.output,
-        progress=Progress.newest,
-        on_wait=lambda claim: _say_who_is_first(planned, claim),
-        on_cancel=stop("it was cancelled"),
-        on_lost=stop("its lease was lost: the storage could not be written for too long"),
+    with (
+        _sigint_interrupts(),
+        held(
+            planned.output,
+            progress=Progress.newest,
+            on_wait=lambda claim: _say_who_is_first(planned, claim),
+            on_cancel=stop("it was cancelled"),
+            on_lost=stop("its lease was lost: the storage could not be written for too long"),
+        ),
     ):
         found = Artifact.find(planned.output)
         if found is not None and found.status == "done":
@@ -248,6 +253,25 @@ def run_stage(planned: Planned, label: Label = Label(), force: bool = False) -> 
                 return found
             _clear(planned.output)
         return _run_and_record(planned, label, found, stopped)
+
+
+@contextmanager
+def _sigint_interrupts() -> Iterator[None]:
+    """While the body runs, a SIGINT raises KeyboardInterrupt, also where we were born deaf to it.
+
+    A script's shell starts what it leaves in the background with SIGINT ignored, and so are its
+    children; a stage that nobody can interrupt would go on when it is cancelled, or has lost its
+    folder to another process.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run_and_record(

@@ -129,7 +129,7 @@ def _of_search(
     spec: TuneSpec, inputs: Mapping[str, Location], earlier: Artifact | None, records: Records
 ) -> Estimate:
     one = _of_training(spec.trial, inputs, None, records)
-    trials = spec.num_trials
+    trials = spec.planned_trials
     time_s = None
     if earlier is not None and earlier.figures.get("num_trials"):
         time_s = (earlier.took_s or 0.0) * trials / earlier.figures["num_trials"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -91,3 +92,10 @@ class TuneSpec(Spec):
     trial: TrainSpec  # what all trials share
     max_concurrent: Annotated[int | None, NotIdentity] = Field(None, gt=0)  # None: what fits
     cluster: Annotated[ClusterSpec, NotIdentity] = ClusterSpec()
+
+    @property
+    def planned_trials(self) -> int:
+        """How many trials there will be: `num_trials`, or the points of a grid."""
+        if self.search.sampler != "grid":
+            return self.num_trials
+        return math.prod(len(bounds.choice or ()) for bounds in self.search.space.values())

@@ -47,7 +47,7 @@ def run_tune(spec: TuneSpec, inputs: dict[str, Location], output: Location) -> d
         workers = spec.trial.train.max_workers
         require_cpus(workers, spec.trial.train.cpus_per_worker, "train.num_workers")
         train_stage.check_inputs(spec.trial, inputs["dataset"])
-        concurrent = min(spec.max_concurrent or room_for_trials(spec.trial), spec.num_trials)
+        concurrent = min(spec.max_concurrent or room_for_trials(spec.trial), spec.planned_trials)
         results = _search(spec, inputs["dataset"], output, concurrent)
     trials = judged([trial_result(r, spec, output) for r in results], spec.search.goals)
     return _conclude(spec, trials, output)
@@ -79,11 +79,11 @@ def _search(spec: TuneSpec, dataset: Location, output: Location, concurrent: int
     folder = output / "search"
     console = Console()
     console.print(
-        f"search: {spec.num_trials} trials, {concurrent} at once, each with "
+        f"search: {spec.planned_trials} trials, {concurrent} at once, each with "
         f"{spec.trial.train.max_workers} workers",
         highlight=False,
     )
-    with Progress("search", spec.num_trials, "trials", console) as SearchProgress.shown:
+    with Progress("search", spec.planned_trials, "trials", console) as SearchProgress.shown:
         if tune.Tuner.can_restore(folder.path, storage_filesystem=folder.filesystem):
             tuner = tune.Tuner.restore(
                 folder.path,

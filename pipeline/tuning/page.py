@@ -35,7 +35,7 @@ def search_page(spec: TuneSpec, trials: Sequence[TrialResult]) -> str:
             "scheduler": spec.search.scheduler,
             "compared while running": f"{spec.search.metric} ({spec.search.mode})",
             "seed": spec.search.seed,
-            "num_trials": spec.num_trials,
+            "trials": spec.planned_trials,
             "max_total_steps": spec.max_total_steps,
             "max_time_s": spec.max_time_s,
         },

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,7 +68,7 @@ def _check_grid(spec: TuneSpec) -> None:
                 f"search.space: {key} has no choice, but sampler=grid tries every value: give "
                 "{choice: [...]}, or another sampler."
             )
-    points = math.prod(len(bounds.choice or ()) for bounds in ranges.values())
+    points = spec.planned_trials
     if points > spec.num_trials:
         raise UserError(
             f"the grid has {points} points, but num_trials={spec.num_trials}: some would be left "

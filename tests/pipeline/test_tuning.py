@@ -44,6 +44,18 @@ def test_range_takes_int_as_the_configs_call_it_and_survives_json():
     assert Range.build(bounds.model_dump(mode="json")) == bounds
 
 
+def test_a_grid_has_as_many_trials_as_points():
+    space = {
+        "train.learning_rate": {"choice": [1e-3, 2e-3, 4e-3]},
+        "train.free_bits": {"choice": [5.0, 7.0]},
+    }
+    assert spec(num_trials=9, space=space, sampler="grid").planned_trials == 6
+    assert spec(num_trials=9, space=space, sampler="random").planned_trials == 9
+    check_search(spec(num_trials=6, space=space, sampler="grid"))
+    with pytest.raises(UserError, match="6 points, but num_trials=5"):
+        check_search(spec(num_trials=5, space=space, sampler="grid"))
+
+
 @pytest.mark.parametrize(
     ("space", "expected"),
     [
