@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -134,13 +135,15 @@ DEAF = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]  # as a script's shell start
 
 
 @pytest.mark.parametrize(
-    ("started_by", "setting", "live"),
+    ("started_by", "setting", "stage", "live"),
     [
-        ([], "model.train.max_steps=100000", "/100,000 steps"),
-        (DEAF, "figures.evaluate.iw_samples=100000", "/40 documents"),
+        ([], "model.train.max_steps=100000", "train", "/100,000 steps"),
+        (DEAF, "figures.evaluate.iw_samples=100000", "evaluate", "running"),
     ],
 )
-def test_chain_cancelled_from_elsewhere_stops_and_goes_on(tmp_path, started_by, setting, live):
+def test_chain_cancelled_from_elsewhere_stops_and_goes_on(
+    tmp_path, started_by, setting, stage, live
+):
     corpus = write_corpus(tmp_path / "corpus.txt", 300)
     command = [
         sys.executable, ROOT / "jobs" / "run.py", "job=demo", f"storage={tmp_path / 'runs'}",
@@ -154,11 +157,15 @@ def test_chain_cancelled_from_elsewhere_stops_and_goes_on(tmp_path, started_by, 
             cwd=tmp_path, capture_output=True, text=True, check=False, timeout=HANG_S,
         ).stdout  # fmt: skip
 
-    with (tmp_path / "output.txt").open("w") as output:
+    printed = tmp_path / "output.txt"
+    with printed.open("w") as output:
         driver = subprocess.Popen([*started_by, *command], stdout=output, cwd=tmp_path)
     try:
+        while not [*(tmp_path / "runs" / stage).glob("*/artifact.json")]:
+            assert driver.poll() is None, printed.read_text()[-4000:]
+            time.sleep(0.2)
         while live not in (running := action("status")):  # as another process sees it
-            assert driver.poll() is None, (tmp_path / "output.txt").read_text()[-4000:]
+            assert driver.poll() is None, printed.read_text()[-4000:]
         assert "running" in running
         assert "asked process" in action("cancel")
         assert driver.wait(timeout=60) == 130
