@@ -169,7 +169,7 @@ def test_study_takes_what_a_search_found_over_its_tables(study, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("size=big", r"'job\.sizes\.big\.tokenizer' is referred to, but is not there"),
+        ("size=big", r"'job\.sizes\.big\.learning_rates' is referred to, but is not there"),
         ("systems=[dela]", "did you mean 'della'"),
         ("sise=cpu", "did you mean 'size'"),
     ],
