@@ -46,14 +46,18 @@ class Column:
 
 
 def build_study(
-    title: str, names: Sequence[str], evaluations: Sequence[Artifact]
+    title: str,
+    names: Sequence[str],
+    evaluations: Sequence[Artifact],
+    against: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Gather what the page of a study shows; the first system is what others are compared with.
+    """Gather what the page of a study shows; settings are set beside those of the first system.
 
     Args:
         title: the heading.
         names: of each evaluation, which system it is of.
         evaluations: those to show.
+        against: of `names`, those that each is compared with; by default the first.
 
     Raises:
         UserError: if there is not a name for each, one is no evaluation, or runs of one name
@@ -67,16 +71,19 @@ def build_study(
     tables = {
         name: [DocumentTable.of(r.evaluation) for r in runs] for name, runs in systems.items()
     }
-    base = next(iter(systems))
+    first = next(iter(systems))
+    bases = list(dict.fromkeys(against or [first]))
     rows = [
         {
             "number": number,
             "name": name,
             "seeds": len(runs),
-            "settings": _differing(settings[name], settings[base]),
+            "settings": _differing(settings[name], settings[first]),
             "collapsed": sum(bool(run.evaluation.figures.get("collapsed")) for run in runs),
             "cells": {column.name: _cell(column, runs) for column in COLUMNS},
-            "difference": _difference(tables[name], tables[base]) if name != base else None,
+            "differences": {
+                base: _difference(tables[name], tables[base]) for base in bases if base != name
+            },
             "kl_per_layer": _mean_of_lists([r.evaluation.figures["kl_per_layer"] for r in runs]),
             "samples": runs[0].evaluation.figures.get("samples", [])[:3],
         }
@@ -84,7 +91,7 @@ def build_study(
     ]
     for row, on_front in zip(rows, _front(rows), strict=True):
         row["on_front"] = on_front
-    first = evaluations[0]
+    evaluation = evaluations[0]
     return {
         "kind": "study",
         "title": title,
@@ -94,11 +101,12 @@ def build_study(
             if any(row["cells"][column.name]["value"] is not None for row in rows)
         ],
         "systems": rows,
-        "split": first.figures.get("split"),
-        "num_documents": first.figures["num_documents"],
-        "iw_samples": first.figures["iw_samples"],
+        "against": bases,
+        "split": evaluation.figures.get("split"),
+        "num_documents": evaluation.figures["num_documents"],
+        "iw_samples": evaluation.figures["iw_samples"],
         "same_documents": len({table.names for each in tables.values() for table in each}) == 1,
-        "versions": {"report": versions(), "evaluation": first.versions},
+        "versions": {"report": versions(), "evaluation": evaluation.versions},
     }
 
 
@@ -149,7 +157,7 @@ def _cell(column: Column, runs: Sequence[Run]) -> dict[str, float | None]:
 def _difference(
     ours: Sequence[DocumentTable], theirs: Sequence[DocumentTable]
 ) -> dict[str, Any] | None:
-    """IW-NLL less the first system's, over the same documents, each document a mean over seeds.
+    """IW-NLL less another system's, over the same documents, each document a mean over seeds.
 
     The error is that of the documents alone. The spread is the standard deviation of the
     difference over seeds, each system's seeds drawn on their own; what is larger is so than both

@@ -36,7 +36,7 @@ def run_report(spec: ReportSpec, inputs: dict[str, Location], output: Location) 
     runs = [Artifact.load(folder) for folder in listed(inputs, "runs")]
     _check_inputs(spec, inputs, runs)
     if spec.names is not None:
-        page = build_study(spec.title, spec.names, runs)
+        page = build_study(spec.title, spec.names, runs, spec.against)
         (output / FRONT).write_bytes(standalone(front_panel(page["systems"])).encode())
         figures = _study_figures(page)
     elif runs:

@@ -40,10 +40,14 @@ def write_system(folder: Path, index: int, shift: float, **differing: Any) -> Lo
 
 
 def study(
-    folder: Path, names: tuple[str, ...] = NAMES, shifts: tuple[float, ...] = SHIFTS
+    folder: Path,
+    names: tuple[str, ...] = NAMES,
+    shifts: tuple[float, ...] = SHIFTS,
+    against: tuple[str, ...] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     inputs = {f"runs.{i}": write_system(folder, i, shift) for i, shift in enumerate(shifts)}
-    figures = run_report(ReportSpec(names=names), inputs, Location.parse(folder / "out"))
+    spec = ReportSpec(names=names, against=against)
+    figures = run_report(spec, inputs, Location.parse(folder / "out"))
     return figures, json.loads((folder / "out" / "report.json").read_text())
 
 
@@ -74,7 +78,7 @@ def test_study_differences_are_of_documents_and_of_means_over_seeds(tmp_path: Pa
     ]
     columns = [table.columns["iw_nll"] for table in tables]
     deviations = (columns[2] + columns[3] - columns[0] - columns[1]) / 2
-    found = page["systems"][1]["difference"]
+    found = page["systems"][1]["differences"]["plain"]
     assert found["value"] == pytest.approx(deviations.mean())
     assert found["error"] == pytest.approx(deviations.std(ddof=1) / len(deviations) ** 0.5)
     assert found["percent"] == pytest.approx(
@@ -86,8 +90,8 @@ def test_study_differences_are_of_documents_and_of_means_over_seeds(tmp_path: Pa
     of_both = np.hypot(found["error"], spread / 2**0.5)
     assert abs(found["value"]) > 2 * of_both
     assert found["larger"]
-    assert page["systems"][0]["difference"] is None
-    assert page["systems"][2]["difference"]["spread"] is None  # one seed
+    assert page["systems"][0]["differences"] == {}
+    assert page["systems"][2]["differences"]["plain"]["spread"] is None  # one seed
     assert page["same_documents"]
 
 
@@ -95,9 +99,31 @@ def test_study_difference_that_seeds_disagree_on_is_not_larger_than_its_error(
     tmp_path: Path,
 ) -> None:
     _, page = study(tmp_path, shifts=(0.0, 0.2, -3.0, 1.8, 3.0))
-    found = page["systems"][1]["difference"]
+    found = page["systems"][1]["differences"]["plain"]
     assert abs(found["value"]) > 2 * found["error"]  # of documents alone it would be
     assert not found["larger"]
+
+
+def test_study_compares_with_each_system_that_it_is_told_to(tmp_path: Path) -> None:
+    _, page = study(tmp_path, against=("live", "plain"))
+    plain, live, worse = page["systems"]
+    assert page["against"] == ["live", "plain"]
+    assert plain["differences"]["live"]["value"] == -live["differences"]["plain"]["value"]
+    of_both = [worse["differences"][base]["value"] for base in ("plain", "live")]
+    assert of_both[1] == pytest.approx(of_both[0] - live["differences"]["plain"]["value"])
+    html, markdown = ((tmp_path / "out" / f"report.{form}").read_text() for form in ("html", "md"))
+    for shown in (html, markdown):
+        assert shown.index("Against live") < shown.index("Against plain")
+    assert "| worse | " in markdown[: markdown.index("## Against plain")]
+
+
+def test_study_against_what_is_not_on_the_page_is_refused_before_anything_runs() -> None:
+    with pytest.raises(UserError, match=r"has 'plian', .*did you mean 'plain'\?\): expected some"):
+        ReportSpec.build({"names": ["plain", "plain", "della"], "against": ["plian"]})
+    with pytest.raises(UserError, match="names is not given"):
+        ReportSpec.build({"against": ["plain"]})
+    with pytest.raises(UserError, match="against is empty"):
+        ReportSpec.build({"names": ["plain"], "against": []})
 
 
 def test_study_front_is_what_no_other_system_beats_in_both(tmp_path: Path) -> None:
