@@ -161,7 +161,8 @@ def _difference(
 
     The error is that of the documents alone. The spread is the standard deviation of the
     difference over seeds, each system's seeds drawn on their own; what is larger is so than both
-    errors together, of the documents and of the mean over seeds.
+    errors together, of the documents and of the mean over seeds. A system of one seed is held to
+    spread as the other does: its one draw is no more certain than each of theirs.
     """
     if any(table.names != theirs[0].names for table in (*ours, *theirs)):
         return None
@@ -171,15 +172,17 @@ def _difference(
     value = float(deviations.mean())
     count = len(deviations)
     error = float(deviations.std(ddof=1)) / math.sqrt(count) if count > 1 else None
-    spreads = [statistics.stdev(seeds.mean(1)) if len(seeds) > 1 else 0.0 for seeds in systems]
+    spreads = [statistics.stdev(seeds.mean(1)) for seeds in systems if len(seeds) > 1]
+    known = len(spreads) == len(systems)
+    if not known:
+        spreads = [max(spreads, default=0.0)] * len(systems)
     of_seeds = math.hypot(
         *(spread / math.sqrt(len(seeds)) for spread, seeds in zip(spreads, systems, strict=True))
     )
-    several = all(len(seeds) > 1 for seeds in systems)
     return {
         "value": value,
         "error": error,
-        "spread": math.hypot(*spreads) if several else None,
+        "spread": math.hypot(*spreads) if known else None,
         "percent": 100 * value / float(base.mean()),
         "larger": None if error is None else abs(value) > LARGER_THAN * math.hypot(error, of_seeds),
     }

@@ -104,6 +104,18 @@ def test_study_difference_that_seeds_disagree_on_is_not_larger_than_its_error(
     assert not found["larger"]
 
 
+def test_study_system_of_one_seed_is_held_to_spread_as_the_other(tmp_path: Path) -> None:
+    _, page = study(tmp_path, shifts=(-1.0, 1.2, -0.5, -0.7, 3.0))
+    found = page["systems"][2]["differences"]["plain"]
+    evaluations = (tmp_path / "evaluate" / f"e{i}d" for i in range(2))
+    tables = [DocumentTable.of(Artifact.load(Location.parse(one))) for one in evaluations]
+    spread = np.std([table.columns["iw_nll"].mean() for table in tables], ddof=1)
+    of_the_mean = 2 * np.hypot(found["error"], spread / 2**0.5)
+    assert of_the_mean < abs(found["value"]) < 2 * np.hypot(found["error"], spread * 1.5**0.5)
+    assert not found["larger"]
+    assert found["spread"] is None
+
+
 def test_study_compares_with_each_system_that_it_is_told_to(tmp_path: Path) -> None:
     _, page = study(tmp_path, against=("live", "plain"))
     plain, live, worse = page["systems"]
