@@ -1,8 +1,9 @@
-"""Make the page of a training run and its evaluation, or of several runs side by side.
+"""Make the page of a training run and its evaluation, of several runs, or of several studies.
 
 python jobs/report.py training=FOLDER figures=FOLDER storage=DIR
 python jobs/report.py runs=[A,B,C] storage=DIR
 python jobs/report.py paper=ptb runs=[A] storage=DIR
+python jobs/report.py studies=[A,B,C] storage=DIR
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def main(config: Config) -> None:
     ensure(
         "report",
         spec,
-        {"training": config["training"], "figures": config["figures"], "runs": runs},
+        {key: config[key] for key in ("training", "figures", "studies")} | {"runs": runs},
         config["storage"],
     )
 

@@ -60,7 +60,7 @@ KINDS: dict[str, StageKind] = {
         StageKind("train", TrainSpec, ("dataset",)),
         StageKind("tune", TuneSpec, ("dataset",)),
         StageKind("evaluate", EvaluateSpec, ("weights", "dataset")),
-        StageKind("report", ReportSpec, (), ("training", "figures"), ("runs",)),
+        StageKind("report", ReportSpec, (), ("training", "figures"), ("runs", "studies")),
         StageKind("export", ExportSpec, ("checkpoint",)),
     )
 }

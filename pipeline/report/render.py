@@ -14,6 +14,7 @@ from markupsafe import Markup
 from pipeline.evaluation.figures import shown
 from pipeline.evaluation.table import TEXT_LABELS
 from pipeline.progress import duration
+from pipeline.report.costs import costs_panel
 from pipeline.report.front import front_panel
 from pipeline.report.plots import (
     MARKED_POINTS,
@@ -257,4 +258,18 @@ def _study_panels(page: dict[str, Any]) -> dict[str, Any]:
     return {"study_panels": [_panel("IW-NLL against MI", front_panel(page["systems"]))]}
 
 
-_PANELS_OF = {"run": _run_panels, "comparison": _comparison_panels, "study": _study_panels}
+def _studies_panels(page: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "costs_panels": [
+            _panel(f"IW-NLL less that of {base}", costs_panel(page, base))
+            for base in page["against"]
+        ]
+    }
+
+
+_PANELS_OF = {
+    "run": _run_panels,
+    "comparison": _comparison_panels,
+    "study": _study_panels,
+    "studies": _studies_panels,
+}

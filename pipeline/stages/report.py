@@ -1,4 +1,4 @@
-"""The report stage: the page of a training run and its evaluation, or of several side by side."""
+"""The report stage: the page of a run, of several runs, of a study, or of several studies."""
 
 from __future__ import annotations
 
@@ -9,33 +9,44 @@ from rich.console import Console
 from pipeline.artifact import Artifact, listed
 from pipeline.errors import UserError
 from pipeline.report.comparison import build_comparison
+from pipeline.report.costs import costs_panel
 from pipeline.report.front import front_panel
 from pipeline.report.page import build_page
 from pipeline.report.plots import standalone
 from pipeline.report.render import as_html, as_markdown
+from pipeline.report.studies import build_studies
 from pipeline.report.study import build_study
 from pipeline.specs import ReportSpec
 from pipeline.storage import Location
 
-HTML, MARKDOWN, JSON, FRONT = "report.html", "report.md", "report.json", "front.svg"
+HTML, MARKDOWN, JSON = "report.html", "report.md", "report.json"
+FRONT, COSTS = "front.svg", "costs.svg"
 
 
 def run_report(spec: ReportSpec, inputs: dict[str, Location], output: Location) -> dict[str, Any]:
-    """Write the page of `inputs["training"]` and its `figures`, or of the evaluations `runs`.
+    """Write the page of `inputs["training"]` and its `figures`, of the evaluations `runs`, or of
+    the study pages `studies`.
 
     Writes `report.html` (self-contained, no network), and the same content as `report.md` and
-    `report.json`; of a study also `front.svg`, its picture.
+    `report.json`; of a study also `front.svg`, its picture, and of several `costs.svg`.
 
     Returns:
         The headline figures of the page, by name, and whether the latents are collapsed; of a
-        comparison, a list of them; of a study, each by system.
+        comparison, a list of them; of a study, each by system; of several, the IW-NLL less that
+        of another system in percent, by that one, system and study.
 
     Raises:
         UserError: if an input is no artifact of its stage, or they do not belong together.
     """
     runs = [Artifact.load(folder) for folder in listed(inputs, "runs")]
+    studies = listed(inputs, "studies")
     _check_inputs(spec, inputs, runs)
-    if spec.names is not None:
+    if studies:
+        page = build_studies(spec.title, studies, [_page_of(folder) for folder in studies])
+        picture = costs_panel(page, page["against"][0])
+        (output / COSTS).write_bytes(standalone(picture).encode())
+        figures = _studies_figures(page)
+    elif spec.names is not None:
         page = build_study(spec.title, spec.names, runs, spec.against)
         (output / FRONT).write_bytes(standalone(front_panel(page["systems"])).encode())
         figures = _study_figures(page)
@@ -58,7 +69,27 @@ def run_report(spec: ReportSpec, inputs: dict[str, Location], output: Location) 
     return figures | {"page": HTML}
 
 
+def _page_of(folder: Location) -> dict[str, Any]:
+    artifact = Artifact.load(folder)
+    if artifact.stage != "report":
+        raise UserError(
+            f"studies holds {folder}, the artifact of the stage {artifact.stage}: expected pages "
+            "of studies; give the folders that jobs/report.py, or a job of the study, printed."
+        )
+    page: dict[str, Any] = (folder / JSON).read_json()
+    return page
+
+
 def _check_inputs(spec: ReportSpec, inputs: dict[str, Location], runs: list[Artifact]) -> None:
+    if listed(inputs, "studies"):
+        given = {**inputs, "runs": runs or None, "names": spec.names, "paper": spec.paper}
+        for name in ("training", "figures", "runs", "names", "paper"):
+            if given.get(name) is not None:
+                raise UserError(
+                    f"report: studies= sets pages of studies side by side, but {name}= was given "
+                    "with it, which makes another page: give one of them."
+                )
+        return
     if runs and ("training" in inputs or "figures" in inputs):
         raise UserError(
             "report: runs= compares several runs and training= shows one, but both were given: "
@@ -85,6 +116,23 @@ def _study_figures(page: dict[str, Any]) -> dict[str, Any]:
         for column in page["columns"]
     }
     return {"headline": headline, "collapsed": {row["name"]: row["collapsed"] for row in systems}}
+
+
+def _studies_figures(page: dict[str, Any]) -> dict[str, Any]:
+    titles = [study["title"] for study in page["studies"]]
+    percent = {
+        base: {
+            row["name"]: {
+                title: found["differences"][base]["percent"]
+                for title, found in zip(titles, row["on"], strict=True)
+                if found and found["differences"].get(base)
+            }
+            for row in page["systems"]
+            if row["name"] != base
+        }
+        for base in page["against"]
+    }
+    return {"headline": percent}
 
 
 def _comparison_figures(page: dict[str, Any]) -> dict[str, Any]:
