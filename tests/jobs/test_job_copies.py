@@ -114,6 +114,15 @@ def test_study_of_each_size_is_a_whole_job(study, size):
     assert all(stages[name].spec.split == "test" for name in aided)
 
 
+def test_study_may_have_fewer_seeds_of_the_aids_than_of_the_systems(study):
+    few = ("systems=[plain,add]", "aided=[add]", "aids=[none]", "search=false", "seeds=[0,1]")
+    names = [stage.name for stage in study(*few, "aided_seeds=[1]").stages]
+    trained = [name for name in names if "model" in name]
+    assert trained == [
+        "model-plain-0", "model-plain-1", "model-add-0", "model-add-1", "aided_model-add-none-1",
+    ]  # fmt: skip
+
+
 def test_study_trains_all_systems_with_the_same_steps_data_and_tokenizer(study):
     stages = [s for s in study("search=false").stages if s.kind == "train"]
     assert len(stages) == 23
