@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import matplotlib as mpl
@@ -253,4 +254,4 @@ def _svg(figure: Figure, name: str) -> str:
         text = text.replace(placeholder, css)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    return text.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(name)}"', 1)

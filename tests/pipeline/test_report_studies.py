@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,15 @@ def test_studies_are_shown_as_a_table_and_pictures(tmp_path: Path) -> None:
     assert second == ["–", "–", "–"]  # the system is not in the second
     picture = (folder / "costs.svg").read_text()
     assert all(word in picture for word in ("COCO", "PTB", "worse", "alone"))
+
+
+def test_studies_picture_may_name_a_system_in_any_letters(tmp_path: Path) -> None:
+    names = ('"plain" & <b>', "live")
+    studies = [write_study(tmp_path, title, names) for title in "AB"]
+    folder = Path(str(made(tmp_path, ReportSpec(), studies=studies)))
+    assert not Page((folder / "report.html").read_text()).open
+    picture = ET.fromstring((folder / "costs.svg").read_text())
+    assert picture.get("aria-label") == f"IW-NLL against {names[0]}"
 
 
 def test_studies_say_what_a_system_has_set_otherwise(tmp_path: Path) -> None:
