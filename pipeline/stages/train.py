@@ -147,7 +147,8 @@ def build_trainer(
         OnValidation,
         SigtermIsNotice,
     )
-    from pipeline.training.worker import WorkerConfig, train_loop_per_worker
+    from pipeline.training.worker import train_loop_per_worker
+    from pipeline.training.worker_config import WorkerConfig
 
     train = spec.train
     use_gpu = wants_gpu(train.use_gpu, train.min_workers, "train.num_workers")

@@ -79,10 +79,10 @@ def test_space_with_a_whole_range_of_the_right_type_is_taken():
 
 
 def test_metrics_that_may_be_searched_by_are_those_that_workers_report():
-    from pipeline.training.worker import _reported
+    from pipeline.training.reporter import reported_to_ray
 
     valid = dict.fromkeys(VALID_KEYS, 1.0)
-    assert set(reported_metrics()) <= set(_reported({}, valid))
+    assert set(reported_metrics()) <= set(reported_to_ray({}, valid))
 
 
 def test_pareto_front_is_what_no_pair_comparison_beats():
