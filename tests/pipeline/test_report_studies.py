@@ -85,6 +85,18 @@ def test_studies_are_shown_as_a_table_and_pictures(tmp_path: Path) -> None:
     assert all(word in picture for word in ("COCO", "PTB", "worse", "alone"))
 
 
+def test_studies_show_information_just_below_zero_without_a_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{write_system.__module__}.INFORMATION", (None, None, -0.001))
+    studies = [write_study(tmp_path, title, NAMES[:3]) for title in "AB"]
+    folder = Path(str(made(tmp_path, ReportSpec(), studies=studies)))
+    for form in ("html", "md"):
+        text = (folder / f"report.{form}").read_text()
+        assert ", 0.00" in text
+        assert "-0.00" not in text
+
+
 def test_studies_picture_may_name_a_system_in_any_letters(tmp_path: Path) -> None:
     names = ('"plain" & <b>', "live")
     studies = [write_study(tmp_path, title, names) for title in "AB"]
