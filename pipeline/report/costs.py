@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.report.plots import INK, MUTED, drawn_panel, layer_color
 
 _ROW, _AROUND = 0.24, 1.0  # inches of height: of a system, and of the rest
+_SHORT_TITLE = 14  # letters; three such have room beside each other
 _BAND = 0.5  # of a row's height, the part over which its studies are spread
 
 
@@ -45,7 +46,13 @@ def costs_panel(page: Mapping[str, Any], base: str) -> str:
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(visible=True, axis="x")
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel(f"IW-NLL less that of {base}, percent: lower is better")
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.1)
+        # Of the figure, whose width long names of systems leave as it is.
+        axes.figure.supxlabel(
+            f"IW-NLL less that of {base}, percent: lower is better",
+            fontsize=axes.xaxis.label.get_size(),
+            color=axes.xaxis.label.get_color(),
+        )
+        columns = 3 if max(map(len, titles)) <= _SHORT_TITLE else 1
+        axes.figure.legend(loc="outside upper center", ncols=columns)
 
     return drawn_panel(f"IW-NLL against {base}", draw)

@@ -106,6 +106,17 @@ def test_studies_picture_may_name_a_system_in_any_letters(tmp_path: Path) -> Non
     assert picture.get("aria-label") == f"IW-NLL against {names[0]}"
 
 
+def test_studies_picture_holds_its_label_beside_long_names(tmp_path: Path) -> None:
+    names = ("plain", "layerwise with an autoencoder start")
+    studies = [write_study(tmp_path, title, names) for title in "AB"]
+    folder = Path(str(made(tmp_path, ReportSpec(), studies=studies)))
+    picture = ET.fromstring((folder / "costs.svg").read_text())
+    label = next(text for text in picture.iter() if "percent" in (text.text or ""))
+    assert "text-anchor: middle" in label.attrib["style"]
+    width = float(picture.attrib["viewBox"].split()[2])
+    assert float(label.attrib["x"]) == pytest.approx(width / 2)
+
+
 def test_studies_say_what_a_system_has_set_otherwise(tmp_path: Path) -> None:
     folders = [
         write_study(tmp_path, "A", ("plain", "live")),
