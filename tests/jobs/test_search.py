@@ -42,7 +42,7 @@ stages:
     deepspeed: zero0
   best:
     {run: train, dataset: "${stage:data}", from_trial: "${stage:search}", model: tiny,
-     model.context: 64, train.max_steps: 8, train.batch_tokens: 256}
+     model.context: 64, train.max_steps: 8, train.batch_tokens: 256, train.num_workers: 2}
   figures:
     {run: evaluate, weights: "${stage:best}", dataset: "${stage:data}", split: test,
      evaluate.iw_samples: 2, evaluate.max_documents: 20, evaluate.iw_curve_documents: 0,
